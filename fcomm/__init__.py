@@ -1,0 +1,103 @@
+"""jax.lax's parallel operators for PyTorch: pure collectives that take a group and a backend, and differentiate.
+
+What a collective means and how it differentiates is in fcomm.collectives; how a machine does it is in
+fcomm.backends.<machine>; how torch sees it is in fcomm.registration. Who takes part is in fcomm.group.
+"""
+
+from fcomm.backends.c10d import c10d
+from fcomm.backends.stacked import sim
+from fcomm.bind import bind
+from fcomm.collectives import (
+    all_gather,
+    all_gather_coalesced,
+    all_gather_invariant,
+    all_reduce,
+    all_reduce_coalesced,
+    all_reduce_invariant,
+    all_to_all,
+    axis_index,
+    axis_size,
+    barrier,
+    broadcast,
+    gather,
+    ppermute,
+    pvary,
+    ragged_all_to_all,
+    recv,
+    reduce,
+    reduce_scatter,
+    reduce_scatter_coalesced,
+    scan,
+    scatter,
+    send,
+    shard,
+)
+from fcomm.errors import (
+    BackendError,
+    BackendUnavailableError,
+    CollectiveTimeoutError,
+    FcommError,
+    GroupClosedError,
+    GroupPoisonedError,
+    MismatchError,
+    PeerDiedError,
+    RendezvousError,
+)
+from fcomm.group import Backend, Group, axis
+from fcomm.launch import run
+from fcomm.registration import apply, define
+from fcomm.rendezvous import close, from_device_mesh, from_process_group, init, mesh, split, stateless_group, subgroup
+from fcomm.simulate import simulate
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "BackendUnavailableError",
+    "CollectiveTimeoutError",
+    "FcommError",
+    "Group",
+    "GroupClosedError",
+    "GroupPoisonedError",
+    "MismatchError",
+    "PeerDiedError",
+    "RendezvousError",
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_invariant",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_reduce_invariant",
+    "all_to_all",
+    "apply",
+    "axis",
+    "axis_index",
+    "axis_size",
+    "barrier",
+    "bind",
+    "broadcast",
+    "c10d",
+    "close",
+    "define",
+    "from_device_mesh",
+    "from_process_group",
+    "gather",
+    "init",
+    "mesh",
+    "ppermute",
+    "pvary",
+    "ragged_all_to_all",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_coalesced",
+    "run",
+    "scan",
+    "scatter",
+    "send",
+    "shard",
+    "sim",
+    "simulate",
+    "split",
+    "stateless_group",
+    "subgroup",
+]

@@ -1,0 +1,116 @@
+"""What "sum", "mean", "max", ... mean on every dtype: the arithmetic that spec and composed lowerings share.
+
+All folds go in rank order, ((x0 + x1) + x2) + ..., so every rank and every run gets the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from fcomm.errors import FcommError
+
+OPS = ("sum", "mean", "max", "min", "prod", "band", "bor", "bxor")
+LINEAR_OPS = ("sum", "mean")
+BIT_OPS = ("band", "bor", "bxor")
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32} | dict.fromkeys(FLOAT8, torch.float32)
+# torch has almost no kernels for these; addition, multiplication and bits are the same on the signed type of the width.
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+_FOLD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "mean": torch.add,
+    "prod": torch.mul,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "band": torch.bitwise_and,
+    "bor": torch.bitwise_or,
+    "bxor": torch.bitwise_xor,
+}
+
+
+def check_op(name: str, op: str, dtype: torch.dtype, allowed: Sequence[str] = OPS) -> None:
+    """Raise if op is unknown (FcommError) or has no meaning for dtype (TypeError, naming both)."""
+    if op not in allowed:
+        raise FcommError(f"{name}: op is {op!r}; choose one of {', '.join(allowed)}")
+    real = dtype.is_floating_point or dtype.is_complex
+    if op in BIT_OPS and real:
+        raise TypeError(f"{name}: op '{op}' is defined on integers and bool, x is {dtype}; choose another op")
+    if op in ("max", "min") and dtype.is_complex:
+        raise TypeError(f"{name}: op '{op}' needs an order, x is {dtype}; reduce torch.view_as_real(x) or x.abs()")
+    if op == "mean" and dtype == torch.bool:
+        raise TypeError(f"{name}: op 'mean' has no meaning for {dtype}; convert x to a float dtype")
+
+
+def fold(xs: Sequence[Tensor], op: str) -> Tensor:
+    """op over equally shaped tensors, in order; the result has their dtype and never aliases them.
+
+    float16, bfloat16 and float8 accumulate in float32 and round once. Integers wrap; their mean truncates toward zero.
+    bool: sum and max are "or", prod and min are "and". max and min give NaN where any input is NaN.
+    """
+    dtype = xs[0].dtype
+    if dtype in _WIDE:
+        return fold([x.to(_WIDE[dtype]) for x in xs], op).to(dtype)
+    if dtype in _SIGNED:
+        return _fold_unsigned(xs, op)
+    if op in ("max", "min") and dtype.is_floating_point:
+        return _extremum(torch.stack(list(xs)), op)
+    total = reduce(_FOLD[op], xs) if len(xs) > 1 else xs[0].clone()
+    return _divide(total, len(xs)) if op == "mean" else total
+
+
+def _extremum(rows: Tensor, op: str) -> Tensor:
+    """amax or amin over dim 0, with a derivative that ties share equally and NaN too; torch.amax's is NaN there."""
+    nan = rows.isnan()
+    worst = -torch.inf if op == "max" else torch.inf
+    numbers = torch.where(nan, worst, rows)
+    extremum = numbers.amax(0) if op == "max" else numbers.amin(0)
+    mean_nan = torch.where(nan, rows, 0).sum(0) / nan.sum(0)
+    return torch.where(nan.any(0), mean_nan, extremum)
+
+
+def _divide(total: Tensor, size: int) -> Tensor:
+    if total.dtype.is_floating_point or total.dtype.is_complex:
+        return total / size
+    return torch.div(total, size, rounding_mode="trunc")
+
+
+def _fold_unsigned(xs: Sequence[Tensor], op: str) -> Tensor:
+    dtype = xs[0].dtype
+    signed = _SIGNED[dtype]
+    if op == "mean":
+        return _unsigned_quotient(fold([x.view(signed) for x in xs], "sum"), len(xs)).view(dtype)
+    if op in ("max", "min"):
+        # Flipping the top bit maps unsigned order onto signed order, and back.
+        top = torch.iinfo(signed).min
+        return (fold([x.view(signed) ^ top for x in xs], op) ^ top).view(dtype)
+    return fold([x.view(signed) for x in xs], op).view(dtype)
+
+
+def _unsigned_quotient(x: Tensor, divisor: int) -> Tensor:
+    """x // divisor of the unsigned number whose bits the signed tensor x holds (Hacker's Delight, section 9-3)."""
+    if divisor == 1:
+        return x
+    half = (x >> 1) & torch.iinfo(x.dtype).max
+    quotient = torch.div(half, divisor, rounding_mode="trunc") << 1
+    rest = x - quotient * divisor
+    # rest is an unsigned number below 2 * divisor + 1, small enough to be read as signed.
+    return quotient + (rest >= divisor).to(x.dtype)
+
+
+def ties(x: Tensor, y: Tensor) -> Tensor:
+    """1 where x attains the extremum y, else 0, in x's dtype. NaN attains NaN."""
+    return ((x == y) | (x.isnan() & y.isnan())).to(x.dtype)
+
+
+def product_of_others(rows: Tensor, own: Tensor, dim: int = 0) -> Tensor:
+    """Product along dim over the rows where the mask `own` is False; exact, and twice differentiable, at zeros.
+
+    rows: [.., n, ..] at dim; own broadcasts against it. The quotient prod / x would be 0/0 where x is 0.
+    """
+    return torch.where(own, torch.ones((), dtype=rows.dtype, device=rows.device), rows).prod(dim)

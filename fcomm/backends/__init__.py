@@ -1,0 +1,20 @@
+"""How a machine does a collective: one file per machine, the same functions in the same order in each.
+
+A lowering is `fn(x, group, **params) -> Tensor`, called with
+
+* x: a strided tensor on one of the backend's devices, contiguous, conjugate and negative bits resolved, any dtype,
+  possibly 0-d or empty. It is never written.
+* group: a live group of two or more ranks, of which this process is one (a group of one rank needs no machine).
+  `rendezvous.live(group)` gives its store, deadline and communicators.
+* params: as in the collective's schema; dims are canonical (0 <= dim < x.dim(), or <= for a new dim), lists tuples,
+  `perm` is a flat tuple (source, destination, source, destination, ...).
+
+and returns a new contiguous tensor. Off-root results and absent ppermute destinations are zeros.
+Arithmetic is that of fcomm/arithmetic.py: sums in rank order, half types accumulated in float32, NaN wins in max, min.
+
+barrier(x, group) returns a copy of x after all ranks arrived; send(x, group, dst) an empty tensor; recv(after, like,
+group, src) ignores after. all_to_all's send_sizes and recv_sizes are this rank's, along split_dim and concat_dim.
+Ranks that disagree on sizes raise MismatchError, all of them; they never wait for bytes that do not come.
+
+What a machine lacks is composed of what it has, or is a row of its `unsupported` table with the reason.
+"""

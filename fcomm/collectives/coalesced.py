@@ -1,0 +1,70 @@
+"""Lists of tensors, one message per dtype: flattened, communicated by the collective of that name, and cut apart.
+
+The cost of a small collective is the call, so a list of small tensors goes as one. Being compositions, these need no
+rules of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fcomm.collectives import checks
+from fcomm.collectives.blocks import all_gather, reduce_scatter
+from fcomm.collectives.reductions import all_reduce
+from fcomm.group import Backend, Group
+
+
+def all_reduce_coalesced(xs: Sequence[Tensor], group: Group, backend: Backend, *, op: str = "sum") -> list[Tensor]:
+    """all_reduce of every tensor of a list, one message per dtype. Shapes, dtypes, op, vjp and errors as all_reduce."""
+
+    def communicate(flat: Tensor) -> Tensor:
+        return all_reduce(flat, group, backend, op=op)
+
+    return _by_dtype(xs, [x.reshape(-1) for x in xs], communicate, [x.shape for x in xs])
+
+
+def all_gather_coalesced(xs: Sequence[Tensor], group: Group, backend: Backend, *, dim: int = 0) -> list[Tensor]:
+    """all_gather along dim of every tensor of a list, one message per dtype. Shapes, vjp and errors as all_gather."""
+    dims = [checks.canonical_dim("all_gather_coalesced", "dim", dim, x.dim()) for x in xs]
+
+    def communicate(flat: Tensor) -> Tensor:
+        return all_gather(flat, group, backend, tiled=False)
+
+    stacks = _by_dtype(xs, [x.reshape(-1) for x in xs], communicate, [(group.size, *x.shape) for x in xs])
+    return [y.movedim(0, d).flatten(d, d + 1) for y, d in zip(stacks, dims, strict=True)]
+
+
+def reduce_scatter_coalesced(
+    xs: Sequence[Tensor], group: Group, backend: Backend, *, dim: int = 0, op: str = "sum"
+) -> list[Tensor]:
+    """reduce_scatter along dim of every tensor of a list, one message per dtype. Shapes, op, vjp, errors as there."""
+    dims = [checks.canonical_dim("reduce_scatter_coalesced", "dim", dim, x.dim()) for x in xs]
+    blocks = []
+    for x, d in zip(xs, dims, strict=True):
+        checks.divisible("reduce_scatter_coalesced", x, d, group)
+        blocks.append(x.unflatten(d, (group.size, x.shape[d] // group.size)).movedim(d, 0))
+
+    def communicate(rows: Tensor) -> Tensor:
+        return reduce_scatter(rows, group, backend, dim=0, op=op, tiled=False)
+
+    return _by_dtype(xs, [b.flatten(1) for b in blocks], communicate, [b.shape[1:] for b in blocks])
+
+
+def _by_dtype(
+    xs: Sequence[Tensor],
+    flats: Sequence[Tensor],
+    communicate: Callable[[Tensor], Tensor],
+    shapes: Sequence[Sequence[int]],
+) -> list[Tensor]:
+    """Concatenate the flats of one dtype on their last dim, communicate, cut at the same places, shape each."""
+    ys: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(x.dtype for x in xs):
+        places = [i for i, x in enumerate(xs) if x.dtype == dtype]
+        lengths = [flats[i].shape[-1] for i in places]
+        result = communicate(torch.cat([flats[i] for i in places], -1))
+        for i, part in zip(places, result.split(lengths, -1), strict=True):
+            ys[i] = part.reshape(shapes[i])
+    return [ys[i] for i in range(len(xs))]

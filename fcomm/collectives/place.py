@@ -1,0 +1,56 @@
+"""axis_index, axis_size, barrier: where this rank is, and that all ranks got here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fcomm.group import Backend, Group
+from fcomm.registration import apply, define
+
+
+def axis_index(group: Group, backend: Backend) -> Tensor:
+    """This rank's number within the group.
+
+        rank 0  0
+        rank 1  1
+
+    An int64 tensor of shape (), on the CPU. A tensor and not an int, so that one graph serves all ranks and simulated
+    ones. vjp: none, it is an integer. Traffic: none.
+    """
+    return apply("axis_index", (), group, backend)
+
+
+define(
+    "axis_index",
+    inputs=(),
+    spec=lambda index: index,
+    shape=lambda group: (),
+    vjp=None,
+    jvp=None,
+    dtype=torch.int64,
+    compose=lambda group, backend: torch.tensor(group.rank),
+)
+
+
+def axis_size(group: Group, backend: Backend) -> int:
+    """Number of ranks in the group, an int."""
+    return group.size
+
+
+def barrier(group: Group, backend: Backend, *, after: Tensor | None = None) -> Tensor:
+    """Return when every rank of the group has called it.
+
+    after: a tensor that is computed before; the result is a copy of it that exists only when all ranks arrived, so that
+    what uses the result comes later, in compiled graphs too. Without it a float32 zero of shape ().
+    vjp: a barrier on the cotangent. Traffic: one flag per rank.
+    """
+    return apply("barrier", torch.zeros(()) if after is None else after, group, backend)
+
+
+define(
+    "barrier",
+    spec=lambda xs: [x.clone() for x in xs],
+    shape=lambda s, group: s,
+    vjp=lambda ct, group, backend: barrier(group, backend, after=ct),
+)

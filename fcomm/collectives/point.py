@@ -1,0 +1,105 @@
+"""send and recv: one edge between two ranks. The cotangent travels it backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fcomm.collectives import checks
+from fcomm.errors import FcommError
+from fcomm.group import Backend, Group
+from fcomm.registration import apply, define
+
+
+def send(x: Tensor, group: Group, backend: Backend, *, dst: int | None = None) -> Tensor:
+    """Send x to rank dst, by default the next rank; returns a token without waiting for the receiver.
+
+        rank 0  send(x, .., dst=1)
+        rank 1  recv(like, .., src=0)  ->  x
+
+    The token is an empty tensor of x's dtype (on a simulated axis it carries x). Pass it to recv(after=token), or add
+    token.sum() to the loss: a rank that never differentiates it does not take the cotangent that its receiver sends.
+    dst: a rank within the group; on a simulated axis, where every rank runs this call, leave it out or use ppermute.
+    Any dtype. vjp: recv from dst. Traffic: x's bytes.
+    Raises FcommError if dst is not another rank of the group.
+    """
+    return apply("send", x, group, backend, _peer("send", "dst", dst, 1, group))
+
+
+def recv(
+    like: Tensor, group: Group, backend: Backend, *, src: int | None = None, after: Tensor | None = None
+) -> Tensor:
+    """Receive the tensor that rank src, by default the previous rank, sends to this one; like has its shape and dtype.
+
+    after: a token of send. The receive, and in backward its send, keeps its place after that send; in a ring, where all
+    ranks send and then receive, pass it always.
+    vjp: send to src; like gets zeros. For the cotangent to be sent, like or after must be part of what is differentiated
+    (after=None makes a token that is, for backward()). Traffic: x's bytes.
+    Raises FcommError if src is not another rank of the group, MismatchError where the message has another size.
+    """
+    peer = _peer("recv", "src", src, -1, group)
+    if after is None:
+        if group.simulated or group.size == 1:
+            raise FcommError(f"recv: on group '{group.name}' the token carries the message; pass after=send(..)")
+        real = like.dtype.is_floating_point or like.dtype.is_complex
+        after = torch.empty(0, dtype=like.dtype, device=like.device, requires_grad=real and torch.is_grad_enabled())
+    return apply("recv", (after, like), group, backend, peer)
+
+
+def _peer(name: str, option: str, peer: int | None, step: int, group: Group) -> int:
+    """The peer's rank; on a simulated axis, where every rank has a peer of its own, the step to it."""
+    if group.simulated:
+        if peer is not None:
+            raise FcommError(
+                f"{name}: {option} is {peer!r}, but every rank of simulated axis '{group.name}' makes this call; "
+                "leave it out for the neighbour, or use ppermute(perm=[(source, destination)])"
+            )
+        return step
+    if peer is None:
+        return ((group.rank or 0) + step) % group.size
+    if checks.rank_in_group(name, option, peer, group) == group.rank and group.size > 1:
+        raise FcommError(f"{name}: {option} is {peer}, this rank itself, on group '{group.name}'; use x as it is")
+    return peer
+
+
+def _send_batch(
+    call: Callable[..., Tensor], size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]
+) -> tuple[Tensor, int]:
+    # The token is batched, though empty: its cotangent must know how many messages travel back.
+    (x,), (dim,) = tensors, in_dims
+    token = call(x.movedim(dim or 0, 0))
+    return token.expand(size, *token.shape) if token.numel() == 0 and token.dim() == 1 else token, 0
+
+
+define(
+    "send",
+    schema="int dst",
+    spec=lambda xs, dst: [x.clone() for x in xs],
+    shape=lambda s, group, dst: (0,) if group.size > 1 else s,
+    vjp=lambda ct, group, backend, dst, x, y: apply("recv", (ct, x), group, backend, dst),
+    nonlinear=lambda dst: True,
+    batch=_send_batch,
+    busbw=lambda n: 1.0,
+)
+
+
+def _recv_spec(afters: list[Tensor], likes: list[Tensor], src: int) -> list[Tensor]:
+    n = len(afters)
+    return [afters[(r + src) % n].clone() for r in range(n)]
+
+
+def _recv_vjp(ct: Tensor, group: Group, backend: Backend, src: int) -> tuple[Tensor, Tensor]:
+    return apply("send", ct, group, backend, src), torch.zeros_like(ct)
+
+
+define(
+    "recv",
+    inputs=("after", "like"),
+    schema="int src",
+    spec=_recv_spec,
+    shape=lambda after, like, group, src: like,
+    vjp=_recv_vjp,
+    busbw=lambda n: 1.0,
+)

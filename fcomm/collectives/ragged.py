@@ -1,0 +1,169 @@
+"""ragged_all_to_all: blocks of rows whose offsets and lengths are data, known to the device only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fcomm.collectives.exchange import all_to_all
+from fcomm.errors import FcommError
+from fcomm.group import Backend, Group
+from fcomm.registration import apply, define
+
+
+def ragged_all_to_all(
+    operand: Tensor,
+    output: Tensor,
+    input_offsets: Tensor,
+    send_sizes: Tensor,
+    output_offsets: Tensor,
+    recv_sizes: Tensor,
+    group: Group,
+    backend: Backend,
+) -> Tensor:
+    """Send rows of operand to each rank, into rows of that rank's output, as jax.lax.ragged_all_to_all.
+
+        rank 0  operand [a b b]  send_sizes [1 2]      [a c . .]
+        rank 1  operand [c c d]  send_sizes [1 2]  ->  [b b . .]     (c d to itself: [b b c d])
+
+    operand is [rows, ..], output [rows', ..] with the same trailing shape and dtype. The four others are integer tensors
+    of shape (n,), n = group.size: this rank sends operand[input_offsets[r] :][: send_sizes[r]] to rank r, which finds
+    it in its result from row output_offsets[r] on, counted at the receiver; recv_sizes[r] rows come from rank r. Other
+    rows of the result are output's. Received slices must not overlap; sent slices may.
+    vjp: operand: ragged_all_to_all backwards, summed where sent slices overlap; output: the cotangent, zero on received
+    rows. Traffic: the rows sent.
+    Raises FcommError if the shapes or dtypes do not fit, a slice leaves its tensor, or (MismatchError) send_sizes and
+    recv_sizes of two ranks differ.
+    """
+    _check(operand, output, (input_offsets, send_sizes, output_offsets, recv_sizes), group)
+    # Where each rank's rows land here: known at the senders, needed here.
+    landing = all_to_all(output_offsets, group, backend)
+    received = _inside(landing, recv_sizes, output.shape[0]).any(0)
+    y = apply(
+        "ragged_all_to_all",
+        (operand, input_offsets, send_sizes, output_offsets, recv_sizes),
+        group,
+        backend,
+        output.shape[0],
+        operand.shape[0],
+    )
+    return torch.where(_column(received, output), y, output)
+
+
+def _check(operand: Tensor, output: Tensor, vectors: Sequence[Tensor], group: Group) -> None:
+    if operand.dim() < 1 or operand.shape[1:] != output.shape[1:] or operand.dtype != output.dtype:
+        raise FcommError(
+            f"ragged_all_to_all: operand is {tuple(operand.shape)} {operand.dtype}, output {tuple(output.shape)} "
+            f"{output.dtype}; only their numbers of rows may differ"
+        )
+    for name, v in zip(("input_offsets", "send_sizes", "output_offsets", "recv_sizes"), vectors, strict=True):
+        if v.shape != (group.size,) or v.is_floating_point() or v.is_complex() or v.dtype == torch.bool:
+            raise FcommError(
+                f"ragged_all_to_all: {name} is {tuple(v.shape)} {v.dtype}; group '{group.name}' needs "
+                f"({group.size},) integers, one for each rank"
+            )
+
+
+def _inside(offsets: Tensor, sizes: Tensor, rows: int) -> Tensor:
+    """[n, rows] bool: whether row p lies in the slice of offset and size. Right for empty slices too."""
+    p = torch.arange(rows, device=offsets.device)
+    return (p >= offsets[:, None]) & (p < (offsets + sizes)[:, None])
+
+
+def _column(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (like.dim() - 1))
+
+
+# The op itself is the linear core: rows of x are added into zeros. Adding, not writing, makes it closed under
+# transposition: a row sent to two ranks gets back the sum of two cotangents.
+
+
+def _spec(
+    xs: list[Tensor],
+    input_offsets: list[Tensor],
+    send_sizes: list[Tensor],
+    output_offsets: list[Tensor],
+    recv_sizes: list[Tensor],
+    rows: int,
+    sent_rows: int,
+) -> list[Tensor]:
+    ys = []
+    for r in range(len(xs)):
+        y = xs[r].new_zeros((rows, *xs[r].shape[1:]))
+        for s, x in enumerate(xs):
+            # A zero row to point at, where the row of y is not in the slice from s.
+            x = torch.cat([x, x.new_zeros((1, *x.shape[1:]))])
+            start, size = output_offsets[s][r], send_sizes[s][r]
+            p = torch.arange(rows, device=x.device)
+            hit = (p >= start) & (p < start + size)
+            y = y + x[torch.where(hit, p - start + input_offsets[s][r], x.shape[0] - 1)]
+        ys.append(y)
+    return ys
+
+
+def _vjp(
+    ct: Tensor,
+    group: Group,
+    backend: Backend,
+    input_offsets: Tensor,
+    send_sizes: Tensor,
+    output_offsets: Tensor,
+    recv_sizes: Tensor,
+    rows: int,
+    sent_rows: int,
+) -> Tensor:
+    back = all_to_all(output_offsets, group, backend), recv_sizes, all_to_all(input_offsets, group, backend), send_sizes
+    return apply("ragged_all_to_all", (ct, *back), group, backend, sent_rows, rows)
+
+
+def _compose(
+    x: Tensor,
+    input_offsets: Tensor,
+    send_sizes: Tensor,
+    output_offsets: Tensor,
+    recv_sizes: Tensor,
+    group: Group,
+    backend: Backend,
+    rows: int,
+    sent_rows: int,
+) -> Tensor:
+    """On a machine whose library takes its sizes from the host: one host synchronisation, then an uneven all_to_all."""
+    landing = all_to_all(output_offsets, group, backend)
+    starts, sends, lands, recvs = torch.stack([input_offsets, send_sizes, landing, recv_sizes]).tolist()
+    for what, offsets, lengths, limit in (("send", starts, sends, x.shape[0]), ("recv", lands, recvs, rows)):
+        if any(o < 0 or d < 0 or o + d > limit for o, d in zip(offsets, lengths, strict=True) if d):
+            raise FcommError(
+                f"ragged_all_to_all: {what} offsets {offsets} with sizes {lengths} leave the {limit} rows there are; "
+                f"correct them on group '{group.name}'"
+            )
+    packed = torch.cat([x[o : o + d] for o, d in zip(starts, sends, strict=True)])
+    got = all_to_all(packed, group, backend, send_sizes=sends, recv_sizes=recvs)
+    y = x.new_zeros((rows, *x.shape[1:]))
+    for block, o in zip(got.split(recvs), lands, strict=True):
+        y[o : o + block.shape[0]] += block
+    return y
+
+
+def _batch(
+    call: Callable[..., Tensor], size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]
+) -> tuple[Tensor, int]:
+    if all(d is None for d in in_dims[1:]):
+        # The same rows for every example: the batch is one more trailing dimension.
+        return call(tensors[0].movedim(in_dims[0] or 0, 1), *tensors[1:]), 1
+    each = [[x] * size if d is None else list(x.unbind(d)) for x, d in zip(tensors, in_dims, strict=True)]
+    return torch.stack([call(*example) for example in zip(*each, strict=True)]), 0
+
+
+define(
+    "ragged_all_to_all",
+    aux=("input_offsets", "send_sizes", "output_offsets", "recv_sizes"),
+    schema="SymInt rows, SymInt sent_rows",
+    spec=_spec,
+    shape=lambda x, a, b, c, d, group, rows, sent_rows: (rows, *x[1:]),
+    vjp=_vjp,
+    compose=_compose,
+    batch=_batch,
+    busbw=lambda n: (n - 1) / n,
+)

@@ -1,0 +1,45 @@
+"""What can go wrong, one type each; every one is a FcommError and, where Python has a name for it, that too."""
+
+
+class FcommError(RuntimeError):
+    """A local mistake, found before any communication: nothing was sent, the group stays usable."""
+
+
+class RendezvousError(FcommError):
+    """The ranks of a group did not find each other, or disagree on who they are."""
+
+
+class CollectiveTimeoutError(FcommError, TimeoutError):
+    """A collective passed its group's deadline; the text names the ranks that did not arrive."""
+
+
+class PeerDiedError(FcommError, ConnectionError):
+    """A rank of the group ended during, or before, a collective; the text names it."""
+
+
+class MismatchError(FcommError):
+    """The ranks called different collectives, or one collective with different shapes, dtypes or options."""
+
+
+class GroupClosedError(FcommError):
+    """The group was closed, or belongs to the process that this one was forked from."""
+
+
+class GroupPoisonedError(FcommError):
+    """An earlier error made the group unusable; the text repeats that error."""
+
+
+class BackendUnavailableError(FcommError, ImportError):
+    """A backend's library is missing, too old, or refused; the text lists what was tried."""
+
+
+class BackendError(FcommError):
+    """A backend's library returned an error status.
+
+    code: the status as the library numbers it.  code_name: the library's name for it.
+    """
+
+    def __init__(self, text: str, *, code: int = -1, code_name: str = "") -> None:
+        super().__init__(text)
+        self.code = code
+        self.code_name = code_name

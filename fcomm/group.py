@@ -1,0 +1,94 @@
+"""Who takes part (Group) and by which machine (Backend): frozen values that say, and do nothing.
+
+Both cross torch's dispatcher as names; the two tables below turn a name back into its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from torch import Tensor
+
+from fcomm.errors import FcommError
+
+Lowering = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """An ordered set of ranks.
+
+    name: the axis name, the same on every member; graphs and errors show it.
+    ranks: the members in group order, numbered as in the world they come from.
+    rank: this process's index in ranks; None on a simulated axis, and in a process that is not a member.
+    simulated: True for an axis of fcomm.simulate, False for processes.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    rank: int | None
+    simulated: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.ranks)
+
+    @property
+    def key(self) -> str:
+        """The name under which torch's dispatcher knows the group: axes of one name may have several sizes."""
+        return f"{self.name}[{len(self.ranks)}]" if self.simulated else self.name
+
+    def __reduce__(self) -> NoReturn | tuple[object, ...]:
+        if self.simulated:
+            return (axis, (self.name, self.size))
+        raise TypeError(
+            f"group '{self.name}' is a live handle of this process and cannot be pickled or copied; "
+            "pass its name and ranks, and rebuild it there with fcomm.init and fcomm.subgroup"
+        )
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A machine: for each collective the function that lowers it, or the written reason why there is none.
+
+    name: unique among the backends of a process; graphs and errors show it.
+    devices: torch device types whose tensors it takes; empty means any.
+    lowerings: {collective: fn(x, group, **params) -> Tensor}; the contract is in fcomm/backends/__init__.py.
+    unsupported: {collective: reason}, quoted by the error.
+    """
+
+    name: str
+    devices: tuple[str, ...] = ()
+    lowerings: Mapping[str, Lowering] = field(default_factory=dict, compare=False, repr=False)
+    unsupported: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+
+GROUPS: dict[str, Group] = {}
+BACKENDS: dict[str, Backend] = {}
+
+
+def register_group(group: Group) -> Group:
+    """Make the group known to the dispatcher under its key; returns it."""
+    GROUPS[group.key] = group
+    return group
+
+
+def register_backend(backend: Backend) -> Backend:
+    """Make the backend known to the dispatcher under its name; returns it."""
+    BACKENDS[backend.name] = backend
+    return backend
+
+
+def axis(name: str, size: int) -> Group:
+    """A simulated group of `size` ranks, to be bound by fcomm.simulate.
+
+    Raises FcommError unless name is a non-empty string and size a positive int.
+    """
+    if not isinstance(name, str) or not name:
+        raise FcommError(f"axis: name is {name!r}; pass a non-empty string")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise FcommError(f"axis: size of '{name}' is {size!r}; pass a positive int")
+    return register_group(Group(name, tuple(range(size)), None, simulated=True))

@@ -1,0 +1,405 @@
+"""How torch sees a collective: the only file that knows torch.library, autograd internals and functorch.
+
+One call of define() turns a record into the op fcomm::<name> with every kernel that torch's transforms ask for:
+
+    kernel                      called by                                does
+    CompositeExplicitAutograd   a real machine                           names -> handles -> the backend's lowering
+    Autograd                    grad, vjp, jvp, backward, at each level  the record's vjp and jvp
+    FuncTorchBatched            vmap; simulate, which is a vmap          moves the batch dim, or applies the spec to the ranks
+    Meta                        compile, export                          the record's shape
+
+Why not torch.library.custom_op with register_autograd: it refuses torch.func, gives silently zero tangents in forward
+mode, and costs three times as much a call. Why not an autograd.Function around a raw op: compiled torch.func.grad of
+it is silently zero. notes/0002-autograd-kernel.md has the measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwd
+from torch import Tensor
+
+# Private: the dispatcher's key sets, functorch's interpreter stack and the modes that the eager shortcut must respect.
+from torch import _C
+
+# Private: lets an autograd node be made for one functorch level at a time; torch.autograd.Function.apply would instead
+# re-enter functorch, and the dispatcher is already there.
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+from fcomm.errors import FcommError
+from fcomm.group import BACKENDS, GROUPS, Backend, Group
+from fcomm.rendezvous import live
+
+Rule = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that makes a collective; the fields of define(), which documents them."""
+
+    name: str
+    schema: str
+    spec: Rule
+    shape: Rule
+    vjp: Rule | None
+    jvp: Rule | str | None
+    dims: tuple[str, ...]
+    inputs: tuple[str, ...]
+    aux: tuple[str, ...]
+    nonlinear: Callable[..., bool]
+    replicated: tuple[str, ...]
+    busbw: Callable[[int], float] | None
+    compose: Rule | None
+    batch: Rule | None
+    dtype: torch.dtype | None
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the static parameters, in schema order."""
+        return tuple(p.split("=")[0].split()[-1] for p in self.schema.split(",") if p.strip())
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensor arguments, in schema order."""
+        return self.inputs + self.aux
+
+
+RECORDS: dict[str, Record] = {}
+_OPS: dict[str, Any] = {}
+
+_LIB = torch.library.Library("fcomm", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+# While an axis is bound by simulate: its index tensor, arange(size) batched at the axis's vmap level. Every op takes it
+# as an argument: it tells that level from all others, and makes the level see calls whose x is the same on all ranks.
+_INDEX: dict[str, Tensor] = {}
+
+
+def define(
+    name: str,
+    *,
+    schema: str = "",
+    spec: Rule,
+    shape: Rule,
+    vjp: Rule | None,
+    jvp: Rule | str | None = "linear",
+    dims: Sequence[str] = (),
+    inputs: Sequence[str] = ("x",),
+    aux: Sequence[str] = (),
+    nonlinear: Callable[..., bool] | None = None,
+    replicated: Sequence[str] = (),
+    busbw: Callable[[int], float] | None = None,
+    compose: Rule | None = None,
+    batch: Rule | None = None,
+    dtype: torch.dtype | None = None,
+) -> Record:
+    """Register a collective under fcomm::<name>, to be called with apply(name, x, group, backend, *params).
+
+    schema: static parameters in torch's schema language, "int dim, bool tiled"; rules get them by keyword.
+    spec: the meaning. spec(xs, **params) -> ys over the lists of all ranks' tensors, in differentiable torch; with
+        several tensors spec(list, list, ..., **params). It is the simulator and the oracle of every gradient test.
+    shape: shape(x_shape, group, **params) -> shape of the result on this rank; must accept symbolic sizes. With several
+        tensors it gets one shape each.
+    vjp: vjp(ct, group, backend, **params) -> cotangent of x, written with public collectives; a tuple with several
+        inputs. Where nonlinear(**params) holds it also gets x= and y=, where aux names tensors, also those.
+        None: asking for a derivative raises FcommError.
+    jvp: "linear": the collective itself, applied to the tangents. Else jvp(tangent, group, backend, x=, y=, **params).
+    dims: the parameters that are dimensions of x; vmap shifts them past its own.
+    inputs, aux: names of the tensors that have a derivative, and of those that have none.
+    replicated: "x" if the argument is one value replicated on all ranks (one cotangent for all, not one each), "y" if
+        the result is; tests pair the derivative accordingly.
+    busbw: size -> factor from algorithm to bus bandwidth (nccl-tests, doc/PERFORMANCE.md).
+    compose: compose(x, group, backend, **params), used on backends that have no lowering of this name.
+    batch: batch(call, in_dims, tensors, params) -> (result, batch dim), where moving the batch dim first is not enough.
+    dtype: of the result, where it is not x's.
+    """
+    record = Record(
+        name, schema, spec, shape, vjp, jvp, tuple(dims), tuple(inputs), tuple(aux), nonlinear or (lambda **_: False),
+        tuple(replicated), busbw, compose, batch, dtype,
+    )  # fmt: skip
+    RECORDS[name] = record
+    tensors = "".join(f"Tensor {t}, " for t in record.tensors)
+    params = f"{schema.strip(', ')}, " if record.params else ""
+    _LIB.define(f"{name}({tensors}Tensor? index, {params}str group, str backend) -> Tensor", tags=_TAGS)
+    op = _OPS[name] = getattr(torch.ops.fcomm, name).default
+    _LIB.impl(name, _lowering_kernel(record), "CompositeExplicitAutograd")
+    _LIB.impl(name, _autograd_kernel(record, op), "Autograd", with_keyset=True)
+    torch.library.register_fake(f"fcomm::{name}", _fake_kernel(record), lib=_LIB)
+    torch.library.register_vmap(f"fcomm::{name}", _batching_kernel(record, op), lib=_LIB)
+    # Otherwise the compiler drops an unused result, and if only one rank leaves it unused, the others wait for ever.
+    torch.fx.node.has_side_effect(op)
+    return record
+
+
+def apply(name: str, x: Tensor | Sequence[Tensor], group: Group, backend: Backend, *params: Any) -> Tensor:
+    """Call a defined collective on x (or its several tensors); params in schema order.
+
+    Checks what is common to all collectives; raises FcommError or TypeError before any communication.
+    """
+    tensors = (x,) if isinstance(x, Tensor) else tuple(x)
+    check_call(name, tensors, group, backend)
+    if not torch.compiler.is_compiling() and _is_plain(tensors):
+        # Nothing but the machine is interested: skip the dispatcher, which costs more than a small collective.
+        return _lower(RECORDS[name], tensors, group, backend, params)
+    return _OPS[name](*tensors, _INDEX.get(group.key), *params, group.key, backend.name)  # type: ignore[no-any-return]
+
+
+def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Backend) -> None:
+    """Raise if the handles or the tensors cannot take part in any collective."""
+    if not isinstance(group, Group):
+        raise TypeError(f"{name}: group is {group!r}; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...")
+    if not isinstance(backend, Backend):
+        raise TypeError(f"{name}: backend is {backend!r}; pass a Backend, such as fcomm.c10d or fcomm.sim")
+    if group.simulated != (backend.name == "sim"):
+        kind, needs = ("a simulated axis", "fcomm.sim") if group.simulated else ("made of processes", "fcomm.c10d")
+        raise FcommError(
+            f"{name}: group '{group.name}' is {kind} and backend '{backend.name}' cannot serve it; pass {needs}"
+        )
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: x is {type(x).__name__}, not a tensor; pass torch.as_tensor(x)")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name}: x has layout {x.layout}; collectives take strided tensors, pass x.to_dense()")
+        if x.is_quantized:
+            raise TypeError(f"{name}: x is quantized ({x.dtype}); pass x.dequantize() or x.int_repr()")
+        device = x.device.type
+        if device == "meta":
+            raise TypeError(f"{name}: x is on the meta device and has no data; materialise it first")
+        if backend.devices and device not in backend.devices:
+            raise FcommError(
+                f"{name}: x is on device '{device}', backend '{backend.name}' takes {' or '.join(backend.devices)}; "
+                f"move x or choose another backend for group '{group.name}'"
+            )
+
+
+# --- the machine --------------------------------------------------------------------------------------------------
+
+
+def _is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether no transform, mode, derivative or profiler is watching an eager call on these tensors."""
+    if (
+        _C._are_functorch_transforms_active()
+        or _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or fwd._current_level >= 0
+        or _C._autograd._profiler_enabled()
+    ):
+        return False
+    grad = _C.is_grad_enabled()
+    return all(type(x) in (Tensor, torch.nn.Parameter) and not (grad and x.requires_grad) for x in tensors)
+
+
+def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Backend, params: Sequence[Any]) -> Tensor:
+    live(group)
+    if group.size == 1:
+        return _alone(record, tensors, params)
+    lowering = backend.lowerings.get(record.name)
+    named = {k: tuple(v) if isinstance(v, list) else v for k, v in zip(record.params, params, strict=True)}
+    if lowering is not None:
+        ready = [x if _is_ready(x) else x.resolve_conj().resolve_neg().contiguous() for x in tensors]
+        return lowering(*ready, group, **named)
+    if record.compose is not None:
+        return record.compose(*tensors, group, backend, **named)  # type: ignore[no-any-return]
+    reason = backend.unsupported.get(record.name, "it has no lowering of that name")
+    raise FcommError(
+        f"{record.name}: backend '{backend.name}' cannot do it: {reason}; use another backend for group '{group.name}'"
+    )
+
+
+def _is_ready(x: Tensor) -> bool:
+    return x.is_contiguous() and not x.is_conj() and not x.is_neg()
+
+
+def _alone(record: Record, tensors: Sequence[Tensor], params: Sequence[Any]) -> Tensor:
+    """A group of one rank needs no machine: the spec over one tensor, never aliasing it."""
+    with torch.no_grad():
+        (y,) = record.spec(*([x] for x in tensors), **dict(zip(record.params, params, strict=True)))
+    shared = any(y.untyped_storage()._cdata == x.untyped_storage()._cdata for x in tensors)
+    y = y.resolve_conj().resolve_neg().contiguous()
+    return y.clone() if shared else y
+
+
+def _lowering_kernel(record: Record) -> Rule:
+    count = len(record.tensors)
+
+    def lowering_kernel(*args: Any) -> Tensor:
+        *params, group_key, backend_name = args[count + 1 :]
+        return _lower(record, args[:count], _group(record.name, group_key), _backend(record.name, backend_name), params)
+
+    return lowering_kernel
+
+
+def _group(name: str, key: str) -> Group:
+    group = GROUPS.get(key)
+    if group is None:
+        raise FcommError(f"{name}: no group '{key}' in this process; create it before running a graph that names it")
+    return group
+
+
+def _backend(name: str, key: str) -> Backend:
+    backend = BACKENDS.get(key)
+    if backend is None:
+        raise FcommError(f"{name}: no backend '{key}' in this process; open it before running a graph that names it")
+    return backend
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------
+
+
+def _fake_kernel(record: Record) -> Rule:
+    count = len(record.tensors)
+
+    def fake_kernel(*args: Any) -> Tensor:
+        *params, group_key, _ = args[count + 1 :]
+        named = dict(zip(record.params, params, strict=True))
+        shape = record.shape(*(x.shape for x in args[:count]), _group(record.name, group_key), **named)
+        x = args[0] if count else torch.empty(())
+        return x.new_empty(shape, dtype=record.dtype or x.dtype)
+
+    return fake_kernel
+
+
+# --- derivatives --------------------------------------------------------------------------------------------------
+
+
+def _autograd_kernel(record: Record, op: Any) -> Rule:
+    rule = _rule(record, op)
+    plain_kernel = _lowering_kernel(record)
+    count = len(record.tensors)
+    inputs = len(record.inputs)
+
+    def autograd_kernel(keyset: Any, *args: Any) -> Any:
+        if _C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return rule.apply(keyset, *args)
+        needs_grad = _C.is_grad_enabled() and any(x.requires_grad for x in args[:inputs])
+        if needs_grad or fwd._current_level >= 0:
+            return rule.apply(keyset, *args)
+        below = keyset & _C._after_ADInplaceOrView_keyset
+        if below.highestPriorityTypeId() in _MACHINES and not any(
+            isinstance(x, Tensor) and x.is_meta for x in args[:count]
+        ):
+            # No mode, no functorch level, no fake tensor below: call the kernel that redispatching would find.
+            return plain_kernel(*args)
+        return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+    return autograd_kernel
+
+
+_MACHINES = frozenset((_C.DispatchKey.CPU, _C.DispatchKey.CUDA, _C.DispatchKey.PrivateUse1))
+
+
+def _rule(record: Record, op: Any) -> Any:
+    """The autograd node of a record: one functorch level of it, written with the record's vjp and jvp."""
+    count, inputs = len(record.tensors), len(record.inputs)
+
+    def named(params: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(record.params, params[:-2], strict=True))
+
+    class Rule(torch.autograd.function._SingleLevelFunction):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Tensor:
+            with _C._AutoDispatchBelowAutograd(), torch.enable_grad(), fwd._set_fwd_grad_enabled(True):
+                # The levels below differentiate too: their modes must be on while this one steps aside.
+                y = op.redispatch(keyset & _C._after_autograd_keyset, *args)
+            tensors, index, ctx.params = args[:count], args[count], args[count + 1 :]
+            ctx.nonlinear = record.nonlinear(**named(ctx.params))
+            saved = (index, *tensors[inputs:], *((*tensors[:inputs], y) if ctx.nonlinear else ()))
+            ctx.save_for_backward(*saved)
+            ctx.save_for_forward(*saved)
+            if not (y.is_floating_point() or y.is_complex()):
+                ctx.mark_non_differentiable(y)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, ct: Tensor) -> Any:
+            if record.vjp is None:
+                raise FcommError(f"{record.name}: it has no derivative; detach its argument")
+            with _bound_again(ctx) as (group, backend, residuals):
+                cts = record.vjp(ct, group, backend, **residuals, **named(ctx.params))
+            cts = (cts,) if isinstance(cts, Tensor) else tuple(cts)
+            return None, *cts, *([None] * (len(record.aux) + 1 + len(ctx.params)))
+
+        @staticmethod
+        def jvp(ctx: Any, _: Any, *tangents: Any) -> Tensor:
+            if record.jvp is None:
+                raise FcommError(f"{record.name}: it has no derivative; detach its argument")
+            with _bound_again(ctx) as (group, backend, residuals):
+                if not callable(record.jvp):
+                    aux = [residuals[name] for name in record.aux]
+                    return apply(record.name, (*tangents[:inputs], *aux), group, backend, *ctx.params[:-2])
+                return record.jvp(*tangents[:inputs], group, backend, **residuals, **named(ctx.params))  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _bound_again(ctx: Any) -> Iterator[tuple[Group, Backend, dict[str, Tensor]]]:
+        """The handles and saved tensors of a node; its axis is bound, since simulate may have returned long ago."""
+        index, *saved = ctx.saved_tensors
+        names = (*record.aux, *((*record.inputs, "y") if ctx.nonlinear else ()))
+        group_key, backend_name = ctx.params[-2:]
+        with bound(group_key, index):
+            yield (
+                _group(record.name, group_key),
+                _backend(record.name, backend_name),
+                dict(zip(names, saved, strict=True)),
+            )
+
+    return Rule
+
+
+# --- batches and ranks --------------------------------------------------------------------------------------------
+
+
+def _batching_kernel(record: Record, op: Any) -> Rule:
+    count = len(record.tensors)
+
+    def batching_kernel(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int | None]:
+        tensors, index, params = args[:count], args[count], args[count + 1 : -2]
+        index_dim, in_dims = in_dims[count], tuple(in_dims)[:count]
+        if index_dim is not None:
+            # The index is batched at its axis's own level only: this batch dimension is the ranks.
+            lists = [
+                [x] * info.batch_size if d is None else list(x.unbind(d)) for x, d in zip(tensors, in_dims, strict=True)
+            ]
+            if not count:
+                lists = [list(index.unbind(index_dim))]
+            named = {k: tuple(v) if isinstance(v, list) else v for k, v in zip(record.params, params, strict=True)}
+            return torch.stack(record.spec(*lists, **named)), 0
+        if record.batch is not None:
+
+            def call(*tensors: Tensor) -> Tensor:
+                return op(*tensors, index, *args[count + 1 :])  # type: ignore[no-any-return]
+
+            return record.batch(call, info.batch_size, in_dims, tensors)  # type: ignore[no-any-return]
+        moved = [
+            x.expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
+            for x, d in zip(tensors, in_dims, strict=True)
+        ]
+        shifted = [p + 1 if k in record.dims else p for k, p in zip(record.params, params, strict=True)]
+        return op(*moved, index, *shifted, *args[-2:]), 0
+
+    return batching_kernel
+
+
+@contextmanager
+def bound(key: str, index: Tensor | None) -> Iterator[None]:
+    """Collectives called in the block on the axis of that key see its index tensor."""
+    previous = _INDEX.get(key)
+    if index is not None:
+        _INDEX[key] = index
+    try:
+        yield
+    finally:
+        if previous is None:
+            _INDEX.pop(key, None)
+        else:
+            _INDEX[key] = previous
+
+
+def is_bound(key: str) -> bool:
+    """Whether an axis of that key is bound by an enclosing simulate."""
+    return key in _INDEX
