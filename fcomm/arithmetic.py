@@ -70,7 +70,7 @@ def _extremum(rows: Tensor, op: str) -> Tensor:
     worst = -torch.inf if op == "max" else torch.inf
     numbers = torch.where(nan, worst, rows)
     extremum = numbers.amax(0) if op == "max" else numbers.amin(0)
-    mean_nan = torch.where(nan, rows, 0).sum(0) / nan.sum(0)
+    mean_nan = torch.where(nan, rows, 0).sum(0) * nan.to(rows.dtype).sum(0).reciprocal()
     return torch.where(nan.any(0), mean_nan, extremum)
 
 

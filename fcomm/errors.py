@@ -1,8 +1,23 @@
 """What can go wrong, one type each; every one is a FcommError and, where Python has a name for it, that too."""
 
+from collections.abc import Iterable
+
 
 class FcommError(RuntimeError):
-    """A local mistake, found before any communication: nothing was sent, the group stays usable."""
+    """A local mistake, found before any communication: nothing was sent, the group stays usable.
+
+    op, group, rank: the collective, the name of its group, and this process's rank in it, where the error concerns one.
+    culprits: the ranks within the group that caused it, as far as this rank can know.
+    """
+
+    def __init__(
+        self, text: str = "", *, op: str = "", group: str = "", rank: int | None = None, culprits: Iterable[int] = ()
+    ) -> None:
+        super().__init__(text)
+        self.op = op
+        self.group = group
+        self.rank = rank
+        self.culprits = tuple(culprits)
 
 
 class RendezvousError(FcommError):
@@ -39,7 +54,17 @@ class BackendError(FcommError):
     code: the status as the library numbers it.  code_name: the library's name for it.
     """
 
-    def __init__(self, text: str, *, code: int = -1, code_name: str = "") -> None:
-        super().__init__(text)
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        code: int = -1,
+        code_name: str = "",
+        op: str = "",
+        group: str = "",
+        rank: int | None = None,
+        culprits: Iterable[int] = (),
+    ) -> None:
+        super().__init__(text, op=op, group=group, rank=rank, culprits=culprits)
         self.code = code
         self.code_name = code_name

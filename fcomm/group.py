@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 from torch import Tensor
 
@@ -41,7 +40,7 @@ class Group:
         """The name under which torch's dispatcher knows the group: axes of one name may have several sizes."""
         return f"{self.name}[{len(self.ranks)}]" if self.simulated else self.name
 
-    def __reduce__(self) -> NoReturn | tuple[object, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         if self.simulated:
             return (axis, (self.name, self.size))
         raise TypeError(

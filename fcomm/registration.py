@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwd
-from torch import Tensor
 
 # Private: the dispatcher's key sets, functorch's interpreter stack and the modes that the eager shortcut must respect.
-from torch import _C
+from torch import _C, Tensor
 
 # Private: lets an autograd node be made for one functorch level at a time; torch.autograd.Function.apply would instead
 # re-enter functorch, and the dispatcher is already there.
@@ -191,12 +190,17 @@ def _is_plain(tensors: Sequence[Tensor]) -> bool:
     ):
         return False
     grad = _C.is_grad_enabled()
-    return all(type(x) in (Tensor, torch.nn.Parameter) and not (grad and x.requires_grad) for x in tensors)
+    return all(
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not (grad and x.requires_grad)
+        and not _C._functorch.is_functorch_wrapped_tensor(x)
+        for x in tensors
+    )
 
 
 def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Backend, params: Sequence[Any]) -> Tensor:
     live(group)
-    if group.size == 1:
+    if group.size == 1 and tensors:
         return _alone(record, tensors, params)
     lowering = backend.lowerings.get(record.name)
     named = {k: tuple(v) if isinstance(v, list) else v for k, v in zip(record.params, params, strict=True)}
@@ -309,9 +313,10 @@ def _rule(record: Record, op: Any) -> Any:
                 y = op.redispatch(keyset & _C._after_autograd_keyset, *args)
             tensors, index, ctx.params = args[:count], args[count], args[count + 1 :]
             ctx.nonlinear = record.nonlinear(**named(ctx.params))
-            saved = (index, *tensors[inputs:], *((*tensors[:inputs], y) if ctx.nonlinear else ()))
-            ctx.save_for_backward(*saved)
-            ctx.save_for_forward(*saved)
+            whole = (index, *tensors[inputs:], *tensors[:inputs], y)
+            ctx.save_for_backward(*(whole if ctx.nonlinear else whole[: len(record.aux) + 1]))
+            if _is_forward_mode():
+                ctx.save_for_forward(*whole)
             if not (y.is_floating_point() or y.is_complex()):
                 ctx.mark_non_differentiable(y)
             return y
@@ -320,7 +325,7 @@ def _rule(record: Record, op: Any) -> Any:
         def backward(ctx: Any, ct: Tensor) -> Any:
             if record.vjp is None:
                 raise FcommError(f"{record.name}: it has no derivative; detach its argument")
-            with _bound_again(ctx) as (group, backend, residuals):
+            with _bound_again(ctx, ctx.nonlinear) as (group, backend, residuals):
                 cts = record.vjp(ct, group, backend, **residuals, **named(ctx.params))
             cts = (cts,) if isinstance(cts, Tensor) else tuple(cts)
             return None, *cts, *([None] * (len(record.aux) + 1 + len(ctx.params)))
@@ -329,17 +334,26 @@ def _rule(record: Record, op: Any) -> Any:
         def jvp(ctx: Any, _: Any, *tangents: Any) -> Tensor:
             if record.jvp is None:
                 raise FcommError(f"{record.name}: it has no derivative; detach its argument")
-            with _bound_again(ctx) as (group, backend, residuals):
+            with _bound_again(ctx, True) as (group, backend, residuals):
+                # torch gives a tangent the batch dims of its primal, or not, by the layout of the two; a rank that
+                # communicates a batch and one that does not would wait for each other for ever.
+                false = torch.zeros((), dtype=torch.bool, device=residuals["y"].device)
+                tangents = tuple(
+                    torch.where(false, residuals[name], t)
+                    for name, t in zip(record.inputs, tangents[:inputs], strict=True)
+                )
                 if not callable(record.jvp):
                     aux = [residuals[name] for name in record.aux]
-                    return apply(record.name, (*tangents[:inputs], *aux), group, backend, *ctx.params[:-2])
-                return record.jvp(*tangents[:inputs], group, backend, **residuals, **named(ctx.params))  # type: ignore[no-any-return]
+                    return apply(record.name, (*tangents, *aux), group, backend, *ctx.params[:-2])
+                if not ctx.nonlinear:
+                    residuals = {name: residuals[name] for name in record.aux}
+                return record.jvp(*tangents, group, backend, **residuals, **named(ctx.params))  # type: ignore[no-any-return]
 
     @contextmanager
-    def _bound_again(ctx: Any) -> Iterator[tuple[Group, Backend, dict[str, Tensor]]]:
+    def _bound_again(ctx: Any, whole: bool) -> Iterator[tuple[Group, Backend, dict[str, Tensor]]]:
         """The handles and saved tensors of a node; its axis is bound, since simulate may have returned long ago."""
         index, *saved = ctx.saved_tensors
-        names = (*record.aux, *((*record.inputs, "y") if ctx.nonlinear else ()))
+        names = (*record.aux, *((*record.inputs, "y") if whole else ()))
         group_key, backend_name = ctx.params[-2:]
         with bound(group_key, index):
             yield (
@@ -349,6 +363,12 @@ def _rule(record: Record, op: Any) -> Any:
             )
 
     return Rule
+
+
+def _is_forward_mode() -> bool:
+    """Whether a forward-mode derivative is being taken, at any level."""
+    stack = _C._functorch.get_interpreter_stack()
+    return fwd._current_level >= 0 or any(i.key() == _C._functorch.TransformType.Jvp for i in stack or ())
 
 
 # --- batches and ranks --------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ Derivatives count every rank's output: the loss is the sum of all ranks' losses.
 all ranks counts once. Rules name their duals by public functions, so derivatives of any order follow.
 """
 
+from fcomm.collectives.blocks import all_gather, reduce_scatter
 from fcomm.collectives.coalesced import all_gather_coalesced, all_reduce_coalesced, reduce_scatter_coalesced
 from fcomm.collectives.exchange import all_to_all, ppermute
-from fcomm.collectives.blocks import all_gather, reduce_scatter
 from fcomm.collectives.place import axis_index, axis_size, barrier
 from fcomm.collectives.point import recv, send
 from fcomm.collectives.ragged import ragged_all_to_all

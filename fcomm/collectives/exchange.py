@@ -80,7 +80,7 @@ def _canonical_blocks(
         longest = max(map(sum, rows))
         checks.total_length("all_to_all", "the longest row of send_sizes", [longest], x, split_dim, group)
         return sum(rows, []), sum(columns, [])
-    if recv_sizes is None or group.simulated and split_dim == concat_dim:
+    if recv_sizes is None or (group.simulated and split_dim == concat_dim):
         raise FcommError(
             f"all_to_all: group '{group.name}' needs " + ("send_sizes as the matrix of all ranks' sends"
             if group.simulated else "recv_sizes beside send_sizes, or send_sizes as the matrix of all ranks' sends")

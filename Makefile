@@ -1,0 +1,29 @@
+# make demo    trains a small language model with tensor and sequence parallelism; make test    everything CI runs
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all check fuzz native sanitize stress bench clean
+
+demo: .venv/ready
+	$(BIN)/python -m fcomm.demo $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+
+test-all: check
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: .venv/ready
+	$(BIN)/ruff format --check fcomm tests
+	$(BIN)/ruff check fcomm tests
+	$(BIN)/mypy
+
+# torch is pinned: a looser range would fetch a build with CUDA, which is gigabytes.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info fcomm/*.so

@@ -1,0 +1,153 @@
+"""Prototypes -> callables, and the one place where a C library's status code becomes an error.
+
+A table has one row for each symbol, with the C declaration above it. A call is
+
+    library.call("ncclAllReduce", send, recv, count, dtype, op, comm, stream)
+
+and raises unless the status is success or one of `pending`. A symbol that this version of the library lacks is an
+error that names it; `"ncclAlltoAll" in library` asks first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from fcomm.errors import BackendError, BackendUnavailableError, CollectiveTimeoutError, FcommError, PeerDiedError
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A row: the argument types of a function, and since when it exists.
+
+    since: a version as the library itself numbers it; 0: every supported version has it.
+    optional: the library works without it.  result: None for a status code, else the type.
+    """
+
+    args: tuple[Any, ...]
+    since: int = 0
+    optional: bool = False
+    result: Any = None
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What a library's status codes mean.
+
+    names: code -> the library's name for it.  pending: codes that are no error. timeout, remote: codes that mean a
+    deadline of the library's own, and a lost peer.
+    explain: (library, code) -> the library's own text about it.
+    """
+
+    names: Mapping[int, str]
+    timeout: tuple[int, ...]
+    remote: tuple[int, ...]
+    explain: Callable[[Library, int], str]
+    pending: tuple[int, ...] = ()
+
+    def name(self, code: int) -> str:
+        return self.names.get(code, f"an unknown code {code}")
+
+
+@dataclass(frozen=True)
+class Library:
+    """A loaded library: its callables by name, and how to read their status."""
+
+    name: str
+    path: str
+    version: int
+    codes: Codes
+    symbols: Mapping[str, Symbol] = field(repr=False)
+    functions: Mapping[str, Callable[..., Any]] = field(repr=False)
+
+    def __contains__(self, symbol: str) -> bool:
+        return symbol in self.functions
+
+    def call(self, symbol: str, *args: Any) -> Any:
+        """Call symbol; its status if that is success or pending, its result if it has another type.
+
+        Raises the error of check(), or BackendUnavailableError if this library has no such symbol.
+        """
+        function = self.functions.get(symbol)
+        if function is None:
+            self._no(symbol)
+        result = function(*args)
+        if self.symbols[symbol].result is None and result != 0:
+            check(self, result, symbol)
+        return result
+
+    def status(self, symbol: str, *args: Any) -> int:
+        """Call symbol and return its status, whatever it is."""
+        if symbol not in self.functions:
+            self._no(symbol)
+        return int(self.functions[symbol](*args))
+
+    def _no(self, symbol: str) -> NoReturn:
+        raise BackendUnavailableError(_without(self.name, self.path, self.version, [symbol], self.symbols))
+
+
+def check(library: Library, code: int, call: str) -> None:
+    """Raise the error that a status code means: a deadline, a lost peer, or BackendError with code and code_name.
+
+    call: what returned it, for the text. The caller adds collective, group and rank: see `at`.
+    """
+    codes = library.codes
+    if code == 0 or code in codes.pending:
+        return
+    # Asked for at once: the text is about the thread's last failure, whichever that is by then.
+    name, text = codes.name(code), codes.explain(library, code)
+    raise error_of(library.codes, code, f"{call} returned {name} ({code}): {text}")
+
+
+def error_of(codes: Codes, code: int, text: str) -> FcommError:
+    """The error of a status code, of this rank or as another rank reported it."""
+    if code in codes.timeout:
+        return CollectiveTimeoutError(text)
+    if code in codes.remote:
+        return PeerDiedError(text)
+    return BackendError(text, code=code, code_name=codes.name(code))
+
+
+def at(error: FcommError, where: str) -> FcommError:
+    """The same error with the collective, group and rank in front of its text."""
+    if isinstance(error, BackendError):
+        return BackendError(f"{where}{error}", code=error.code, code_name=error.code_name)
+    return type(error)(f"{where}{error}")
+
+
+def bind(
+    name: str,
+    path: str,
+    handles: Sequence[ctypes.CDLL],
+    symbols: Mapping[str, Symbol],
+    codes: Codes,
+    version: Callable[[Mapping[str, Callable[..., Any]]], int],
+) -> Library:
+    """Look the rows up, each in the first of handles that has it, and give the functions their types.
+
+    version: asks the bound functions for the library's version.
+    Raises BackendUnavailableError naming what a supported version must have and this library has not.
+    """
+    functions: dict[str, Callable[..., Any]] = {}
+    for symbol, row in symbols.items():
+        found = next((handle[symbol] for handle in handles if hasattr(handle, symbol)), None)
+        if found is not None:
+            found.argtypes, found.restype = list(row.args), ctypes.c_int if row.result is None else row.result
+            functions[symbol] = found
+    missing = [s for s, row in symbols.items() if s not in functions and not row.optional and not row.since]
+    if missing:
+        raise BackendUnavailableError(_without(name, path, 0, missing, symbols))
+    number = version(functions)
+    missing = [s for s, row in symbols.items() if s not in functions and not row.optional and 0 < row.since <= number]
+    if missing:
+        raise BackendUnavailableError(_without(name, path, number, missing, symbols))
+    return Library(name, path, number, codes, symbols, functions)
+
+
+def _without(name: str, path: str, version: int, missing: Sequence[str], symbols: Mapping[str, Symbol]) -> str:
+    since = {s: symbols[s].since for s in missing if symbols[s].since}
+    needs = "".join(f"; {s} exists since version {v}" for s, v in since.items())
+    of = f" of version {version}" if version else ""
+    return f"{name}: the library{of} at {path} has no {', '.join(missing)}{needs}; use another version"

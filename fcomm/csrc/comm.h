@@ -1,0 +1,103 @@
+// A rank's own view of a communicator, and the few steps every collective is made of.
+#pragma once
+
+#include <chrono>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "fcomm.h"
+#include "kernels.h"
+#include "layout.h"
+
+namespace fcomm {
+
+// A message, or the rest of one, that the ring had no room for. The engine owns the copy.
+struct Pending {
+  char *data;
+  std::size_t nbytes, sent;
+  fcomm_signature signature;
+  bool first;
+};
+
+}  // namespace fcomm
+
+struct fcomm_comm {
+  int rank = 0, size = 0;
+  char *base = nullptr;
+  bool mapped = false;  // by us, so ours to unmap
+  fcomm::Layout layout{};
+  std::uint32_t round = 0;  // last one this rank published
+  std::uint64_t fingerprint = 0;
+  std::int64_t timeout_ns = 0;
+  int spins = 0, spins_most = 0, yields = 0;
+  unsigned fork_generation = 0;
+  bool closed = false, broken = false;
+  fcomm_failure failure{};
+  std::mutex mutex;
+  std::vector<int> life;
+  std::vector<std::deque<fcomm::Pending>> pending;  // by destination
+  int pending_count = 0;
+  std::vector<bool> ring_ready;
+
+  fcomm::Header &header() const { return *reinterpret_cast<fcomm::Header *>(base); }
+  fcomm::Control &control(int r) const {
+    return reinterpret_cast<fcomm::Control *>(base + layout.control())[r];
+  }
+  char *in_slot(int r, std::uint32_t at) const {
+    return base + layout.slots() + std::size_t(r) * layout.rank_bytes() + (at & 1) * fcomm::kSlotBytes;
+  }
+  char *out_slot(int r, std::uint32_t at) const {
+    return base + layout.slots() + std::size_t(r) * layout.rank_bytes() + 2 * fcomm::kSlotBytes +
+           (at & 1) * layout.out_bytes();
+  }
+  fcomm::Ring &ring(int from, int to) const {
+    return *reinterpret_cast<fcomm::Ring *>(base + layout.rings() +
+                                            (std::size_t(from) * std::size_t(size) + std::size_t(to)) *
+                                                sizeof(fcomm::Ring));
+  }
+};
+
+namespace fcomm {
+
+// a is at or after b, on a counter that wraps
+inline bool reached(std::uint32_t a, std::uint32_t b) { return std::int32_t(a - b) >= 0; }
+
+// One call on the communicator: holds its lock, and knows whether it may go on.
+struct Call {
+  Call(fcomm_comm *comm);
+  fcomm_status status;
+  std::unique_lock<std::mutex> lock;
+};
+
+// The round this rank fills next, and the end of its filling: publish, wait for all, and on the first round of a call
+// compare fingerprints.
+inline std::uint32_t filling(const fcomm_comm &c) { return c.round + 1; }
+fcomm_status open_round(fcomm_comm &c, std::uint64_t fingerprint);
+fcomm_status next_round(fcomm_comm &c);
+
+fcomm_status poison(fcomm_comm &c, fcomm_status reason, int culprit, std::uint32_t round);
+
+// Move buffered messages on; true while some are left.
+bool progress(fcomm_comm &c);
+
+void wake(Flag &word);
+std::uint64_t mix(std::uint64_t a, std::uint64_t b);
+
+// Wait until `word`, which `peer` advances, has reached target: spin, yield, then sleep on it in slices, watching the
+// poison word, the lives of those still missing, the interrupt hook and the deadline. In a collective everybody who
+// has not published `target` is missing; between two ranks only the peer is.
+enum class Among { kAll, kTwo };
+fcomm_status wait_for(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std::uint32_t target, Among among);
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+}  // namespace fcomm

@@ -1,0 +1,26 @@
+// Arithmetic and copies: the same source compiled once per instruction set, the best one chosen when the library loads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "fcomm.h"
+
+namespace fcomm {
+
+// out[i] = in[0][i] op in[1][i] op ... in[n-1][i], in that order; mean divides by `divisor` at the end.
+using Reduce = void (*)(void *out, const void *const *in, int n, std::size_t count, int divisor);
+
+struct Kernels {
+  const char *name;
+  Reduce reduce[FCOMM_DTYPES][FCOMM_OPS];  // null where the operation has no meaning
+  // memcpy that leaves the caches alone; the caller fences before it tells anyone.
+  void (*stream_copy)(void *to, const void *from, std::size_t nbytes);
+};
+
+const Kernels &kernels();
+const Kernels *kernels_named(const char *name);  // null if this machine cannot run it; for tests
+void stream_fence();
+std::size_t dtype_bytes(int dtype);
+
+}  // namespace fcomm

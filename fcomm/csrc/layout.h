@@ -1,0 +1,92 @@
+// The shared region: what lies where. Every rank derives all offsets from the group's size alone; nothing read from a
+// peer is ever used as an index or a bound.
+//
+//   Header | Control[size] | per rank: in[2], out[2] | per ordered pair: Ring
+//
+// One protocol serves every collective. A call is a sequence of rounds. In round r a rank fills its own slots of
+// parity r % 2, publishes r in its control line, waits until every peer has published r, and reads the peers' slots of
+// that parity. Two slots suffice: a rank that fills slot r % 2 again, in round r + 2, has seen every peer publish
+// r + 1, and a peer publishes r + 1 only after it has read what it wanted of round r. The same argument covers the
+// fingerprint beside the flag. tests/native/protocol_model.py walks every interleaving of this.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "fcomm.h"
+
+namespace fcomm {
+
+// Two x86 lines (the prefetcher fetches pairs) and one line of the aarch64 machines that have large ones.
+constexpr std::size_t kLine = 128;
+constexpr std::size_t kPage = 4096;
+constexpr std::size_t kSlotBytes = 512 << 10;  // about a second-level cache
+constexpr std::uint64_t kMagic = 0x31304d4d4f4346ull;  // "FCOMM01"
+
+constexpr int kRingPieces = 4;
+constexpr std::size_t kPieceBytes = 64 << 10;
+
+using Flag = std::atomic<std::uint32_t>;  // 32 bits: a futex word
+static_assert(Flag::is_always_lock_free && std::atomic<std::uint64_t>::is_always_lock_free,
+              "shared flags must not hide a lock");
+
+struct Header {
+  std::uint64_t magic, layout, nonce;
+  std::uint32_t size, first_round;
+  // reason 8, culprit 12, reporter 12, round 32 bits: one word, so that the first writer wins it whole.
+  alignas(kLine) std::atomic<std::uint64_t> poison;
+};
+
+struct Control {
+  alignas(kLine) Flag round;     // last round published, compared by signed difference: it wraps
+  std::uint64_t fingerprint[2];  // of the call that the round of this parity opened
+  alignas(kLine) Flag waiters;   // ranks asleep on `round`
+  Flag left;                     // this rank has closed the group
+  std::int32_t pid;
+  alignas(kLine) Flag described;
+  char description[FCOMM_TEXT_BYTES - sizeof(Flag)];
+};
+
+struct Piece {
+  std::uint32_t nbytes;          // of this piece
+  std::uint64_t message_nbytes;  // with the signature, on a message's first piece
+  fcomm_signature signature;
+  alignas(kLine) char data[kPieceBytes];
+};
+
+// One writer, one reader: pieces head - tail are full.
+struct Ring {
+  alignas(kLine) Flag head;
+  alignas(kLine) Flag tail;
+  alignas(kLine) Flag waiters;
+  alignas(kPage) Piece pieces[kRingPieces];
+};
+
+constexpr std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+// A rank's share of an all_reduce chunk: whole lines of 64 bytes, so that shares hold whole elements.
+constexpr std::size_t share_bytes(std::size_t chunk, int size) {
+  return round_up((chunk + std::size_t(size) - 1) / std::size_t(size), 64);
+}
+
+struct Layout {
+  int size;
+  constexpr std::size_t control() const { return round_up(sizeof(Header), kPage); }
+  constexpr std::size_t out_bytes() const { return round_up(share_bytes(kSlotBytes, size), kPage); }
+  constexpr std::size_t rank_bytes() const { return 2 * (kSlotBytes + out_bytes()); }
+  constexpr std::size_t slots() const { return control() + round_up(sizeof(Control) * std::size_t(size), kPage); }
+  constexpr std::size_t rings() const { return slots() + std::size_t(size) * rank_bytes(); }
+  constexpr std::size_t bytes() const { return rings() + std::size_t(size) * std::size_t(size) * sizeof(Ring); }
+  // Differs whenever two builds would disagree about any offset.
+  constexpr std::uint64_t hash() const {
+    return (((sizeof(Header) * 31 + sizeof(Control)) * 31 + sizeof(Ring)) * 31 + kSlotBytes) * 31 + FCOMM_ABI;
+  }
+};
+
+static_assert(sizeof(Header) == 2 * kLine && offsetof(Header, poison) == kLine);
+static_assert(offsetof(Control, fingerprint) == 8 && offsetof(Control, waiters) == kLine);
+static_assert(offsetof(Control, described) == 2 * kLine && sizeof(Control) == 2 * kLine + FCOMM_TEXT_BYTES);
+static_assert(offsetof(Ring, pieces) == kPage && sizeof(Piece) == round_up(sizeof(Piece), kLine));
+
+}  // namespace fcomm

@@ -1,0 +1,11 @@
+"""Tests for collectives, yours included: every rule against torch's own derivative of the meaning.
+
+transforms.py  the programs: what each transform does with a collective, and what must come out
+check.py       Case, check_collective: one collective through all transforms, simulated or in real processes
+strategies.py  hypothesis strategies of groups, permutations, sizes and tensors (needs hypothesis)
+"""
+
+from fcomm.testing.check import Case, check_case, check_collective, run_ranks
+from fcomm.testing.transforms import TRANSFORMS, Transform
+
+__all__ = ["TRANSFORMS", "Case", "Transform", "check_case", "check_collective", "run_ranks"]

@@ -1,0 +1,272 @@
+"""One collective through all transforms: simulated, or on a backend in real processes, against the oracle."""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fcomm.backends.stacked import sim
+from fcomm.group import BACKENDS, Backend, Group, axis
+from fcomm.launch import run
+from fcomm.registration import RECORDS, Record, apply
+from fcomm.simulate import simulate
+from fcomm.testing.transforms import TRANSFORMS, Meaning
+
+
+def no_aux(size: int) -> tuple[Tensor, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a collective, and the values to call it on.
+
+    name: the collective.  label: what is special about the case.
+    call: call(x, *aux, group, backend) -> y, one tensor.
+    shape: size -> shape of x on each rank.
+    aux: size -> further tensors, each with the ranks stacked in its leading dimension; no derivative by them.
+    values: "normal", "ties" (few distinct values), "zeros" (some exact zeros), "integers".
+    replicated: "x" and "y" as in fcomm.define.
+    """
+
+    name: str
+    label: str
+    call: Callable[..., Tensor]
+    shape: Callable[[int], Sequence[int]]
+    aux: Callable[[int], tuple[Tensor, ...]] = no_aux
+    values: str = "normal"
+    dtype: torch.dtype = torch.float64
+    replicated: Sequence[str] = ()
+    sizes: Sequence[int] = (1, 2, 3, 4)
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.label}" if self.label else self.name
+
+    @property
+    def differentiable(self) -> bool:
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+def draw(shape: Sequence[int], values: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """Reproducible values of the kind that a Case names."""
+    generator = torch.Generator().manual_seed(seed)
+    if values == "integers" or not (dtype.is_floating_point or dtype.is_complex):
+        return torch.randint(0, 2 if dtype == torch.bool else 7, tuple(shape), generator=generator).to(dtype)
+    if values == "ties":
+        return torch.randint(0, 3, tuple(shape), generator=generator).to(dtype)
+    x = torch.randn(tuple(shape), generator=generator, dtype=dtype)
+    if values == "zeros":
+        x = x * (torch.rand(tuple(shape), generator=generator) < 0.5)
+    return x
+
+
+@dataclass(frozen=True)
+class _Values:
+    """x, ct, t in the form that the meaning takes, and the meaning."""
+
+    meaning: Meaning
+    x: Tensor
+    ct: Tensor
+    t: Tensor
+    aux: tuple[Tensor, ...]
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        m = self.meaning
+        return m.rows_x(self.x), m.rows_y(self.ct), m.rows_x(self.t)
+
+
+def _values(case: Case, size: int) -> _Values:
+    group = axis(case.name, size)
+    aux = case.aux(size)
+    stacked = simulate(lambda x, *aux: case.call(x, *aux, group=group, backend=sim), group)
+    x_replicated, y_replicated = "x" in case.replicated, "y" in case.replicated
+
+    def fn(x: Tensor) -> Tensor:
+        y: Tensor = stacked(x.expand(size, *x.shape) if x_replicated else x, *aux)
+        return y[0] if y_replicated else y
+
+    seed = zlib.crc32(case.id.encode())
+    shape = tuple(case.shape(size)) if x_replicated else (size, *case.shape(size))
+    x = draw(shape, case.values, case.dtype, seed)
+    y = fn(x)
+    plain = case.values if case.differentiable else "integers"
+    ct = draw(y.shape, "normal" if case.differentiable else plain, y.dtype, seed + 1)
+    t = draw(shape, "normal" if case.differentiable else plain, case.dtype, seed + 2)
+    return _Values(Meaning(fn, size, x_replicated, y_replicated), x, ct, t, aux)
+
+
+_JACOBIANS = ("jacrev", "jacfwd", "hessian", "reverse hessian")
+
+
+def reason_to_leave_out(case: Case, transform: str, simulated: bool, compiled: bool) -> str | None:
+    """Why a cell of the matrix is empty, or None: it is checked."""
+    rule = TRANSFORMS[transform]
+    if rule.differentiates and not case.differentiable:
+        return f"{case.dtype} has no derivative"
+    if simulated and not rule.nests and case.replicated:
+        return "around simulate, autograd sees one value for each rank, where the rule counts a replicated value once"
+    if transform in _JACOBIANS and case.dtype.is_complex:
+        return "torch.func takes Jacobians of real functions"
+    if transform in _JACOBIANS and not draw(case.shape(2), "normal", case.dtype, 0).numel():
+        return "a Jacobian of no elements"
+    if compiled and transform in ("forward mode", "backward", "double backward"):
+        return "torch.compile takes the functional form: jvp, vjp, grad"
+    return _beyond_the_compiler(case, transform) if compiled and simulated else None
+
+
+def _beyond_the_compiler(case: Case, transform: str) -> str | None:
+    """What torch.compile cannot do under simulate, with or without a collective: test_limits.py shows each."""
+    nonlinear = case.values in ("ties", "zeros")
+    if transform == "hessian" or (transform == "jacfwd" and nonlinear):
+        return "torch does not compile vmap of jacfwd of a non-linear function; reverse hessian is compiled"
+    if transform == "checkpoint":
+        return "torch does not compile a checkpoint whose function calls vmap with a side effect; checkpoint inside"
+    if transform == "inference mode" and case.aux is not no_aux:
+        return "torch does not compile vmap over tensors made outside inference mode"
+    return None
+
+
+def _close(got: Any, expected: Any, what: str) -> list[str]:
+    got, expected = ((v,) if isinstance(v, Tensor) else tuple(v) for v in (got, expected))
+    failures = []
+    for part, (a, b) in enumerate(zip(got, expected, strict=True)):
+        try:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+        except AssertionError as error:
+            failures.append(f"{what}, result {part}: {error}")
+    return failures
+
+
+def check_case(
+    case: Case, backend: Backend, group: Group, transforms: Iterable[str] = TRANSFORMS, *, compiler: str | None = None
+) -> list[str]:
+    """Run transforms of one case on this rank of a live group, or on a simulated axis; return what came out wrong.
+
+    compiler: None for eager, or a torch.compile backend; the program is then compiled with fullgraph=True.
+    """
+    values = _values(case, group.size)
+    failures = []
+    for name in transforms:
+        if reason_to_leave_out(case, name, group.simulated, compiler is not None):
+            continue
+        transform = TRANSFORMS[name]
+        expected = transform.oracle(values.meaning, values.x, values.ct, values.t)
+        got = (_simulated if group.simulated else _on_this_rank)(case, backend, group, transform, values, compiler)
+        if not group.simulated:
+            rank = group.rank or 0
+            expected = expected[rank] if isinstance(expected, Tensor) else tuple(e[rank] for e in expected)
+        how = f"compiled by {compiler}" if compiler else "eager"
+        failures += _close(got, expected, f"{case.id} on {backend.name}, {group.size} ranks: {name}, {how}")
+    return failures
+
+
+def _compiled(fn: Callable[..., Any], compiler: str | None) -> Callable[..., Any]:
+    if compiler is None:
+        return fn
+    torch.compiler.reset()
+    return torch.compile(fn, fullgraph=True, backend=compiler)
+
+
+def _on_this_rank(case: Case, backend: Backend, group: Group, transform: Any, values: _Values, compiler: Any) -> Any:
+    rank = group.rank or 0
+    x, ct, t = (v[rank] for v in values.rows())
+    aux = tuple(a[rank] for a in values.aux)
+
+    def program(x: Tensor, ct: Tensor, t: Tensor) -> Any:
+        return transform.program(lambda x: case.call(x, *aux, group=group, backend=backend), x, ct, t)
+
+    return _compiled(program, compiler)(x, ct, t)
+
+
+def _simulated(case: Case, backend: Backend, group: Group, transform: Any, values: _Values, compiler: Any) -> Any:
+    def one_rank(x: Tensor, ct: Tensor, t: Tensor, *aux: Tensor) -> Any:
+        return transform.program(lambda x: case.call(x, *aux, group=group, backend=backend), x, ct, t)
+
+    if transform.nests:
+        return _compiled(simulate(one_rank, group), compiler)(*values.rows(), *values.aux)
+    stacked = simulate(lambda x, *aux: case.call(x, *aux, group=group, backend=backend), group)
+
+    def around(x: Tensor, ct: Tensor, t: Tensor, *aux: Tensor) -> Any:
+        return transform.program(lambda x: stacked(x, *aux), x, ct, t)
+
+    return _compiled(around, compiler)(*values.rows(), *values.aux)
+
+
+# --- a collective of one's own ------------------------------------------------------------------------------------
+
+
+def check_collective(
+    what: str | Record,
+    backend: Backend,
+    size: int,
+    *,
+    params: Mapping[str, Any] | None = None,
+    shape: Sequence[int] | None = None,
+    values: str = "normal",
+    dtype: torch.dtype = torch.float64,
+    transforms: Sequence[str] = tuple(TRANSFORMS),
+    compiler: str | None = None,
+    timeout_s: float = 120.0,
+) -> None:
+    """Check every rule of a collective of one tensor: raise AssertionError with all that differs from the oracle.
+
+    what: its name, or the record that fcomm.define returned.
+    backend: fcomm.sim, or a backend on which `size` processes are started; they import the module that defines the record.
+    params: the record's static parameters; left out, dims are 0, bools True, op "sum", ranks 0, lists None.
+    shape: of x on each rank; left out, (2 * size, 3).
+    """
+    record = RECORDS[what] if isinstance(what, str) else what
+    if record.tensors != ("x",):
+        raise ValueError(f"check_collective: {record.name} takes {record.tensors}; write a Case with a call of its own")
+    filled = {**_default_params(record), **(params or {})}
+    shape = tuple(shape if shape is not None else (2 * size, 3))
+    described = (record.name, record.spec.__module__, filled, shape, values, dtype)
+    if backend.name == "sim":
+        failures = check_case(_case(*described), backend, axis(record.name, size), transforms, compiler=compiler)
+    else:
+        ranks = run(_check_on_rank, size, described, backend.name, tuple(transforms), compiler, timeout_s=timeout_s)
+        failures = [f"rank {r}: {text}" for r, texts in enumerate(ranks) for text in texts]
+    if failures:
+        raise AssertionError("\n".join(failures))
+
+
+def _default_params(record: Record) -> dict[str, Any]:
+    kinds = {"int": 0, "bool": True, "str": "sum", "SymInt": 0}
+    return {
+        p.split()[1]: kinds.get(p.split()[0]) for p in record.schema.split(",") if p.strip()
+    }  # lists, "int[]" and "SymInt[]?", are None
+
+
+def _case(
+    name: str, module: str, params: Mapping[str, Any], shape: Sequence[int], values: str, dtype: torch.dtype
+) -> Case:
+    importlib.import_module(module)
+    replicated = RECORDS[name].replicated
+
+    def call(x: Tensor, group: Group, backend: Backend) -> Tensor:
+        return apply(name, x, group, backend, *params.values())
+
+    return Case(name, "", call, lambda size: shape, values=values, dtype=dtype, replicated=replicated)
+
+
+def _check_on_rank(world: Group, described: Any, backend: str, transforms: Sequence[str], compiler: Any) -> list[str]:
+    return check_case(_case(*described), BACKENDS[backend], world, transforms, compiler=compiler)
+
+
+def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """fcomm.run for tests: fn(world, *args) on `size` processes; every rank's list of failures must be empty.
+
+    fn may return anything else, which comes back in rank order.
+    """
+    results = run(fn, size, *args, timeout_s=timeout_s)
+    failures = [f"rank {r}: {text}" for r, texts in enumerate(results) if isinstance(texts, list) for text in texts]
+    if failures:
+        raise AssertionError("\n".join(map(str, failures)))
+    return results
