@@ -1,0 +1,49 @@
+"""Attention on one rank: the plain function that the parallel ones bring their heads and positions to."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Attend(Protocol):
+    """attend(q, k, v, causal=..): q [B S H C], k and v [B T K C], H a multiple of K; the result has q's shape."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor: ...
+
+
+def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v in plain operations, so that every transform of torch works on it.
+
+    q: [B S H C]. k, v: [B T K C]; key head h serves query heads h*H/K and on. causal: position s sees t <= s.
+    """
+    scores = attention_scores(q, repeat_heads(k, q.shape[2]))
+    if causal:
+        scores = scores.masked_fill(~causal_mask(scores), -torch.inf)
+    return torch.einsum("bhst,bthc->bshc", scores.softmax(-1), repeat_heads(v, q.shape[2]))
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """The same by torch's fused kernel: less memory and time, first derivatives only."""
+    y = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
+    )
+    return y.transpose(1, 2)
+
+
+def attention_scores(q: Tensor, k: Tensor) -> Tensor:
+    """[B S H C], [B T H C] -> q k^T / sqrt(C), [B H S T]."""
+    return torch.einsum("bshc,bthc->bhst", q * q.shape[-1] ** -0.5, k)
+
+
+def causal_mask(scores: Tensor) -> Tensor:
+    """[S T] bool: whether position s sees position t."""
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """[B S K C] -> [B S heads C]: each key head as often as query heads use it."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)

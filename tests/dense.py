@@ -1,0 +1,210 @@
+"""The parallel layers' dense counterparts, on one device without communication, and the table that pairs the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vjp
+
+import fcomm
+from fcomm import layers
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer, its dense counterpart, and how the counterpart's tensors lie over the ranks.
+
+    parallel(*parts, group, backend) -> y on one rank.  dense(*wholes) -> y.
+    args: n -> the whole tensors.  dims: the dim of each that is cut over the ranks, None if all ranks have it.
+    out: the dim of y that is cut, None if y is the same on all ranks.
+    traffic: {(collective, count)} forward, and of the vjp alone.
+    """
+
+    id: str
+    parallel: Callable[..., Tensor]
+    dense: Callable[..., Tensor]
+    args: Callable[[int], Sequence[Tensor]]
+    dims: Sequence[int | None]
+    out: int | None
+    forward: dict[str, int] = field(default_factory=dict)
+    backward: dict[str, int] = field(default_factory=dict)
+    sizes: Sequence[int] = (1, 2, 3, 4)
+
+
+def stack_parts(x: Tensor, dim: int | None, n: int) -> Tensor:
+    """Each rank's part of a whole tensor, ranks in the leading dimension."""
+    return x.expand(n, *x.shape) if dim is None else torch.stack(x.chunk(n, dim))
+
+
+def differentiable(args: Sequence[Tensor]) -> list[int]:
+    return [i for i, x in enumerate(args) if x.is_floating_point()]
+
+
+def value_and_vjp(fn: Callable[..., Tensor], args: Sequence[Tensor], ct: Tensor) -> list[Tensor]:
+    """[fn(*args), then the cotangent of every float argument]."""
+    places = differentiable(args)
+
+    def of_floats(*floats: Tensor) -> Tensor:
+        full = list(args)
+        for i, x in zip(places, floats, strict=True):
+            full[i] = x
+        return fn(*full)
+
+    y, pull = vjp(of_floats, *(args[i] for i in places))
+    return [y, *pull(ct)]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What all ranks must give: rows of every result, and the rows of the arguments and the cotangent."""
+
+    args: list[Tensor]
+    ct: Tensor
+    results: list[Tensor]
+
+
+def expected(case: LayerCase, n: int) -> Expected:
+    wholes = list(case.args(n))
+    y = case.dense(*wholes)
+    ct = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(7))
+    results = value_and_vjp(case.dense, wholes, ct)
+    dims = [case.out, *(case.dims[i] for i in differentiable(wholes))]
+    return Expected(
+        [stack_parts(x, d, n) for x, d in zip(wholes, case.dims, strict=True)],
+        stack_parts(ct, case.out, n),
+        [stack_parts(x, d, n) for x, d in zip(results, dims, strict=True)],
+    )
+
+
+def draw(*shape: int, seed: int, scale: float = 0.5) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def integers(*shape: int, high: int, seed: int) -> Tensor:
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- tensor parallel ----------------------------------------------------------------------------------------------
+
+
+def attention(x: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool = True) -> Tensor:
+    heads = [torch.einsum("bsd,hcd->bhsc", x, w) for w in (q, k, v)]
+    groups = heads[0].shape[1] // heads[1].shape[1]
+    k, v = (h.repeat_interleave(groups, 1) for h in heads[1:])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        y = F.scaled_dot_product_attention(heads[0], k, v, is_causal=causal)
+    return torch.einsum("bhsc,dhc->bsd", y, out)
+
+
+def mlp(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, up, up_bias)), down, down_bias)
+
+
+BLOCK = {"norm1": None, "norm2": None, "q": 0, "k": 0, "v": 0, "out": 1, "up": 0, "down": 1}
+
+
+def block(x: Tensor, *params: Tensor, causal: bool = True) -> Tensor:
+    p = dict(zip(BLOCK, params, strict=True))
+    d = x.shape[-1:]
+    x = x + attention(F.rms_norm(x, d, p["norm1"], 1e-6), *(p[name] for name in ("q", "k", "v", "out")), causal)
+    return x + mlp(F.rms_norm(x, d, p["norm2"], 1e-6), p["up"], None, p["down"], None)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, vocab: int | None = None) -> Tensor:
+    return F.cross_entropy(logits[..., :vocab].transpose(1, 2), target, reduction="none")
+
+
+def _linear_args(n: int) -> list[Tensor]:
+    return [draw(2, n, 3, seed=1), draw(2 * n, 3, seed=2), draw(2 * n, seed=3)]
+
+
+def _row_args(n: int) -> list[Tensor]:
+    return [draw(2, n, 2 * n, seed=1), draw(3, 2 * n, seed=2), draw(3, seed=3)]
+
+
+def _embedding_args(n: int) -> list[Tensor]:
+    return [integers(2, 2 * n, high=3 * n, seed=1), draw(3 * n, 4, seed=2)]
+
+
+def _entropy_args(n: int) -> list[Tensor]:
+    # Large values: exp of an unshifted logit would overflow.
+    return [draw(2, 3, 3 * n, seed=1, scale=2.0) + 900.0, integers(2, 3, high=3 * n - 2, seed=2)]
+
+
+def _attention_args(n: int) -> list[Tensor]:
+    return [draw(2, 2 * n, 5, seed=1), draw(2 * n, 3, 5, seed=2), *(draw(n, 3, 5, seed=s) for s in (3, 4)),
+            draw(5, 2 * n, 3, seed=5)]  # fmt: skip
+
+
+def _mlp_args(n: int) -> list[Tensor]:
+    return [draw(2, n, 3, seed=1), draw(2 * n, 3, seed=2), draw(2 * n, seed=3), draw(3, 2 * n, seed=4), draw(3, seed=5)]
+
+
+def block_args(n: int) -> list[Tensor]:
+    return [
+        draw(2, 2 * n, 6, seed=1),
+        draw(6, seed=2) + 1,
+        draw(6, seed=3) + 1,
+        *_attention_like(n, 6),
+        draw(2 * n, 6, seed=8),
+        draw(6, 2 * n, seed=9),
+    ]
+
+
+def _attention_like(n: int, d: int) -> list[Tensor]:
+    return [draw(2 * n, 3, d, seed=4), draw(n, 3, d, seed=5), draw(n, 3, d, seed=6), draw(d, 2 * n, 3, seed=7)]
+
+
+def _block(x: Tensor, *params: Tensor, **rest: Any) -> Tensor:
+    return layers.transformer_block(x, dict(zip(BLOCK, params, strict=True)), **rest)
+
+
+def _both(id: str, parallel: Callable[..., Tensor], dense: Callable[..., Tensor], args: Any, dims: Sequence[int | None],
+          out: int | None, x_dim: int | None, pairs: int, replicated: int) -> list[LayerCase]:  # fmt: skip
+    """A case without and with sequence parallelism; the counts are those of Megatron's tables."""
+    reduce = {"all_reduce_invariant": pairs}
+    exchange = {"all_gather": pairs, "reduce_scatter": pairs}
+
+    def sequence(*parts: Tensor, **rest: Any) -> Tensor:
+        return parallel(*parts, seq_dim=1, **rest)
+
+    return [
+        LayerCase(id, parallel, dense, args, dims, out, reduce, reduce),
+        LayerCase(f"{id}-sequence", sequence, dense, args, [x_dim, *dims[1:]], 1, exchange,
+                  exchange | ({"all_reduce_invariant": replicated} if replicated else {})),
+    ]  # fmt: skip
+
+
+def _sequence(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *parts, **rest: fn(*parts, seq_dim=1, **rest)
+
+
+TENSOR = [
+    LayerCase("column_linear", layers.column_linear, F.linear, _linear_args, [None, 0, 0], 2,
+              {}, {"all_reduce_invariant": 1}),
+    LayerCase("column_linear-sequence", _sequence(layers.column_linear), F.linear, _linear_args, [1, 0, 0], 2,
+              {"all_gather": 1}, {"reduce_scatter": 1}),
+    LayerCase("row_linear", layers.row_linear, F.linear, _row_args, [2, 1, None], None,
+              {"all_reduce_invariant": 1}, {}),
+    LayerCase("row_linear-sequence", _sequence(layers.row_linear), F.linear, _row_args, [2, 1, None], 1,
+              {"reduce_scatter": 1}, {"all_gather": 1, "all_reduce_invariant": 1}),
+    LayerCase("embedding", layers.vocab_parallel_embedding, F.embedding, _embedding_args, [None, 0], None,
+              {"all_reduce_invariant": 1}, {}),
+    LayerCase("embedding-sequence", _sequence(layers.vocab_parallel_embedding), F.embedding, _embedding_args,
+              [None, 0], 1, {"reduce_scatter": 1}, {"all_gather": 1}),
+    LayerCase("cross_entropy", layers.vocab_parallel_cross_entropy, cross_entropy, _entropy_args, [2, None], None,
+              {"all_reduce": 1, "all_reduce_invariant": 1}, {}),
+    LayerCase("cross_entropy-padded",
+              lambda logits, target, **rest: layers.vocab_parallel_cross_entropy(
+                  logits, target, vocab=logits.shape[-1] * rest["group"].size - 2, **rest),
+              lambda logits, target: cross_entropy(logits, target, -2), _entropy_args, [2, None], None,
+              {"all_reduce": 1, "all_reduce_invariant": 1}, {}),
+    *_both("mlp", layers.mlp, mlp, _mlp_args, [None, 0, 0, 1, None], None, 1, 1, 1),
+    *_both("attention", layers.attention, attention, _attention_args, [None, 0, 0, 0, 1], None, 1, 1, 0),
+    *_both("transformer_block", _block, block, block_args, [None, *BLOCK.values()], None, 1, 2, 1),
+]  # fmt: skip
