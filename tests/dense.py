@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vjp
 
-import fcomm
 from fcomm import layers
 
 

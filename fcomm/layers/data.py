@@ -14,9 +14,9 @@ is the loss of the whole batch, whose derivative puts 1/n on every rank. What ad
     sharded, 1/n on each rank    params = gather_parameters(shards, ..)         1 reduce_scatter     2(n-1)/n P: half
                                                                                                      of it forward
 
-The second way leaves the loss to each rank: own gradients, then their mean. The third is ZeRO's stage 3 (Rajbhandari et
-al.): all_gather forward, and since its derivative is reduce_scatter, each rank gets the sum of its own share only, which
-its own share of the optimiser's state updates. With torch.utils.checkpoint around a block that begins with
+The second way leaves the loss to each rank: own gradients, then their mean. The third is stage 3 of ZeRO (Rajbhandari
+et al.): all_gather forward, and since its derivative is reduce_scatter, each rank gets the sum of its own share only,
+which its own share of the optimiser's state updates. With torch.utils.checkpoint around a block that begins with
 gather_parameters, backward gathers again, and no rank ever holds more than a block.
 """
 

@@ -20,10 +20,11 @@ Outside, between leave and the next enter, values live in one of two ways:
     1         1 all_gather         1 all_gather                            (n-1)/n of each: 2(n-1)/n in all,
               1 reduce_scatter     1 reduce_scatter                        and 1/n of the memory outside
 
-The second way is called sequence parallelism: norms, dropout and residuals then work on S/n positions. A parameter that
-is replicated there (a bias, a norm's weight) meets other positions on each rank, so it enters by pvary and its gradient
-is the sum over the ranks; in the first way all ranks compute the one gradient, and it needs nothing. No gradient is ever
-scaled by n. Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", has the counts.
+The second way is called sequence parallelism: norms, dropout and residuals then work on S/n positions. A parameter
+that is replicated there (a bias, a norm's weight) meets other positions on each rank, so it enters by pvary and its
+gradient is the sum over the ranks; in the first way all ranks compute the one gradient, and it needs nothing. No
+gradient is ever scaled by n. The counts are those of Korthikanti et al., "Reducing Activation Recomputation in Large
+Transformer Models".
 
 Parts need not be equal: on processes a rank may hold any share of F, H and V (simulated ranks have one shape).
 """
@@ -124,8 +125,8 @@ def vocab_parallel_cross_entropy(
         rank 0  logits [B S V/n], target [B S]      loss [B S]
         rank 1  logits [B S V/n], target [B S]  ->  loss [B S]
 
-    target: integers, the same on all ranks. The result is invariant. vocab: the number of real entries where V is padded
-    to a multiple of n; later logits count as -inf.
+    target: integers, the same on all ranks. The result is invariant. vocab: the number of real entries where V is
+    padded to a multiple of n; later logits count as -inf.
     Two all_reduces of [B S] forward, none backward: one takes the maximum, which only keeps exp in range and has no
     derivative; one sums two rows, sum(exp(logits - max)) and the target's logit - max, which one rank has.
     """
@@ -191,8 +192,8 @@ def attention(
 
     x and result: [B S D], or [B S/n D] with seq_dim=1. q: [H/n C D]. k, v: [K/n C D], K a divisor of H: each key head
     serves H/K query heads (grouped queries). out: [D H/n C].
-    attend(q, k, v, causal=causal) gets [B S H/n C] and [B S K/n C], and returns q's shape; ring or Ulysses attention over
-    another group goes here. Traffic: one pair, see the module.
+    attend(q, k, v, causal=causal) gets [B S H/n C] and [B S K/n C], and returns q's shape; ring or Ulysses attention
+    over another group goes here. Traffic: one pair, see the module.
     """
     x = enter(x, group, backend, seq_dim=seq_dim)
     heads = [torch.einsum("bsd,hcd->bshc", x, w) for w in (q, k, v)]
@@ -222,16 +223,10 @@ def transformer_block(
     norms = [params["norm1"], params["norm2"]]
     if seq_dim is not None:
         norms = replicate(norms, group, backend)
-    y = attention(
-        rms_norm(x, norms[0]),
-        *(params[name] for name in ("q", "k", "v", "out")),
-        group,
-        backend,
-        seq_dim=seq_dim,
-        causal=causal,
-        attend=attend,
+    q, k, v, out = (params[name] for name in ("q", "k", "v", "out"))
+    x = x + attention(
+        rms_norm(x, norms[0]), q, k, v, out, group, backend, seq_dim=seq_dim, causal=causal, attend=attend
     )
-    x = x + y
     return x + mlp(rms_norm(x, norms[1]), params["up"], None, params["down"], None, group, backend, seq_dim=seq_dim)
 
 
