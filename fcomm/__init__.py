@@ -33,6 +33,7 @@ from fcomm.collectives import (
     shard,
 )
 from fcomm.errors import (
+    ArgumentError,
     BackendError,
     BackendUnavailableError,
     CollectiveTimeoutError,
@@ -50,6 +51,7 @@ from fcomm.rendezvous import close, from_device_mesh, from_process_group, init, 
 from fcomm.simulate import simulate
 
 __all__ = [
+    "ArgumentError",
     "Backend",
     "BackendError",
     "BackendUnavailableError",

@@ -20,6 +20,10 @@ class FcommError(RuntimeError):
         self.culprits = tuple(culprits)
 
 
+class ArgumentError(FcommError, ValueError):
+    """An argument has a value that the collective cannot take; nothing was sent."""
+
+
 class RendezvousError(FcommError):
     """The ranks of a group did not find each other, or disagree on who they are."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError
 from fcomm.group import Group
 
 
@@ -14,7 +14,7 @@ def canonical_dim(name: str, option: str, dim: int, ndim: int) -> int:
     """dim, counted from the front."""
     if not isinstance(dim, int) or isinstance(dim, bool) or not -ndim <= dim < ndim:
         remedy = f"choose one in {-ndim} .. {ndim - 1}" if ndim else "x has no dimension, reshape it to (1,)"
-        raise FcommError(f"{name}: {option} is {dim!r}, out of range for {ndim} dimensions; {remedy}")
+        raise ArgumentError(f"{name}: {option} is {dim!r}, out of range for {ndim} dimensions; {remedy}")
     return dim + ndim if dim < 0 else dim
 
 
@@ -22,7 +22,7 @@ def divisible(name: str, x: Tensor, dim: int, group: Group) -> None:
     """x.shape[dim] must be cut into group.size equal blocks."""
     size, length = group.size, x.shape[dim]
     if length % size:
-        raise FcommError(
+        raise ArgumentError(
             f"{name}: x.shape[{dim}] is {length}, not divisible by group '{group.name}' of size {size}; "
             f"pad to {length + size - length % size} or choose another dim"
         )
@@ -31,7 +31,7 @@ def divisible(name: str, x: Tensor, dim: int, group: Group) -> None:
 def one_each(name: str, x: Tensor, dim: int, group: Group) -> None:
     """x.shape[dim] must be the number of ranks."""
     if x.shape[dim] != group.size:
-        raise FcommError(
+        raise ArgumentError(
             f"{name}: x.shape[{dim}] is {x.shape[dim]}, with tiled=False it must be the size {group.size} of "
             f"group '{group.name}'; reshape x or pass tiled=True"
         )
@@ -41,7 +41,7 @@ def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) 
     """One block length for each rank."""
     result = list(sizes)
     if len(result) != group.size or any(s < 0 for s in result):
-        raise FcommError(
+        raise ArgumentError(
             f"{name}: {option} is {result}; group '{group.name}' of size {group.size} needs a length >= 0 for each rank"
         )
     return result
@@ -52,7 +52,7 @@ def own_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: int
     expected = max(sizes) if group.simulated else sizes[group.rank or 0]
     if x.shape[dim] != expected:
         which = "the largest" if group.simulated else f"rank {group.rank}'s"
-        raise FcommError(
+        raise ArgumentError(
             f"{name}: x.shape[{dim}] is {x.shape[dim]}, {which} entry of {option}={list(sizes)} is {expected}; "
             f"pass the lengths that the ranks of group '{group.name}' hold"
         )
@@ -61,7 +61,7 @@ def own_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: int
 def total_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: int, group: Group) -> None:
     """x.shape[dim] must be the sum of sizes."""
     if x.shape[dim] != sum(sizes):
-        raise FcommError(
+        raise ArgumentError(
             f"{name}: x.shape[{dim}] is {x.shape[dim]}, {option}={list(sizes)} add up to {sum(sizes)}; "
             f"make them agree on group '{group.name}'"
         )
@@ -70,7 +70,7 @@ def total_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: i
 def rank_in_group(name: str, option: str, rank: int, group: Group) -> int:
     """rank must be a rank within the group."""
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < group.size:
-        raise FcommError(
+        raise ArgumentError(
             f"{name}: {option} is {rank!r}, not a rank of group '{group.name}' of size {group.size}; "
             f"ranks count within the group, 0 .. {group.size - 1}"
         )
@@ -82,12 +82,12 @@ def canonical_perm(name: str, perm: Sequence[tuple[int, int]], group: Group) -> 
     flat = []
     for pair in perm:
         if len(pair) != 2:
-            raise FcommError(f"{name}: perm has the entry {pair!r}; pass (source, destination) pairs")
+            raise ArgumentError(f"{name}: perm has the entry {pair!r}; pass (source, destination) pairs")
         flat += [rank_in_group(name, "a rank in perm", rank, group) for rank in pair]
     for what, ranks in (("source", flat[::2]), ("destination", flat[1::2])):
         twice = sorted({r for r in ranks if ranks.count(r) > 1})
         if twice:
-            raise FcommError(
+            raise ArgumentError(
                 f"{name}: perm={list(perm)} names {what} {twice[0]} twice on group '{group.name}'; "
                 "each rank sends at most once and receives at most once, use broadcast or reduce for more"
             )
