@@ -1,6 +1,7 @@
 // Opening, waiting, failing and closing. What a failure is: the first rank that sees one writes the poison word, and
 // everybody reports what the word says, so all survivors name the same culprit.
 #include "comm.h"
+#include "rounds.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -15,17 +16,19 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <climits>
+#include <cstdio>
 #include <memory>
 #include <new>
-
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
+#ifdef FCOMM_TESTING
+#include <csignal>
+#include <cstdlib>
 #endif
 
 namespace fcomm {
 namespace {
+
+constexpr int kMostSpins = 2000, kLeastSpins = 100;  // about 40 and 2 us
 
 std::atomic<unsigned> fork_generation{0};
 std::atomic<int (*)(void)> interrupt_hook{nullptr};
@@ -72,31 +75,35 @@ int allowed_cores() {
 }
 
 // A dead or departed rank that will never publish what is waited for. Its last act may have been to publish: look again.
-fcomm_status look_for_the_dead(fcomm_comm &c, int peer, const Flag &word, std::uint32_t target, Among among) {
+fcomm_status look_for_the_dead(fcomm_comm &c, int peer, const Flag &word, std::uint32_t target, Among among,
+                               std::uint32_t round) {
   pollfd fds[FCOMM_MAX_RANKS];
   for (int p = 0; p < c.size; ++p) fds[p] = {p == c.rank ? -1 : c.life[std::size_t(p)], POLLIN, 0};
   if (poll(fds, nfds_t(c.size), 0) < 0) return FCOMM_OK;  // EINTR: look next time
   for (int p = 0; p < c.size; ++p) {
     if (p == c.rank) continue;
     const bool dead = fds[p].revents & (POLLIN | POLLHUP | POLLERR);
-    const bool left = c.control(p).left.load(std::memory_order_acquire);
+    // Between two, what the peer still hands out while it leaves is as good as ever.
+    const bool left = c.control(p).left.load(std::memory_order_acquire) >= (among == Among::kAll ? kLeaving : kGone);
     if (!dead && !left) continue;
     const bool missing = among == Among::kAll ? !reached(c.control(p).round.load(std::memory_order_acquire), target)
                                               : p == peer && !reached(word.load(std::memory_order_acquire), target);
-    if (missing) return poison(c, left ? FCOMM_LEFT : FCOMM_DIED, p, target);
+    if (missing) return poison(c, left ? FCOMM_LEFT : FCOMM_DIED, p, round);
   }
   return FCOMM_OK;
 }
 
-fcomm_status deadline(fcomm_comm &c, int peer, std::uint32_t target, Among among) {
+// The first of the missing; behind() tells of the others.
+fcomm_status deadline(fcomm_comm &c, int peer, std::uint32_t round, Among among) {
   int culprit = peer;
   for (int p = c.size - 1; among == Among::kAll && p >= 0; --p)
-    if (!reached(c.control(p).round.load(std::memory_order_acquire), target)) culprit = p;
-  return poison(c, FCOMM_TIMEOUT, culprit, target);
+    if (!reached(c.control(p).round.load(std::memory_order_acquire), round)) culprit = p;
+  return poison(c, FCOMM_TIMEOUT, culprit, round);
 }
 
 fcomm_status wait_slowly(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std::uint32_t target, Among among) {
   constexpr std::int64_t kFirstSlice = 1'000'000, kLastSlice = 20'000'000, kBusySlice = 200'000;
+  const std::uint32_t round = among == Among::kAll ? target : c.round;  // a ring counts pieces, not rounds
   const std::int64_t start = now_ns();
   std::int64_t slice = kFirstSlice;
   for (int k = 0;; ++k) {
@@ -107,10 +114,10 @@ fcomm_status wait_slowly(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std
       sched_yield();
       continue;
     }
-    if (const fcomm_status s = look_for_the_dead(c, peer, word, target, among)) return s;
-    if (const auto hook = interrupt_hook.load(); hook && hook()) return poison(c, FCOMM_INTERRUPTED, c.rank, target);
+    if (const fcomm_status s = look_for_the_dead(c, peer, word, target, among, round)) return s;
+    if (const auto hook = interrupt_hook.load(); hook && hook()) return poison(c, FCOMM_INTERRUPTED, c.rank, round);
     const std::int64_t left = start + c.timeout_ns - now_ns();
-    if (left <= 0) return deadline(c, peer, target, among);
+    if (left <= 0) return deadline(c, peer, round, among);
     // Announce, then look, then sleep; the peer publishes, then looks for sleepers. All four sequentially consistent:
     // one of the two sees the other.
     waiters.fetch_add(1, std::memory_order_seq_cst);
@@ -134,8 +141,15 @@ std::uint32_t publish(fcomm_comm &c) {
   return c.round;
 }
 
-// The odd one out among those that have arrived; on a tie the higher rank, which both sides' messages then explain.
+// The odd one out; on a tie the higher rank, which both sides' messages then explain. Waits a moment for late ranks, so
+// that all have a vote, and not longer: who is late may not come at all.
 int minority(const fcomm_comm &c, std::uint32_t round) {
+  constexpr std::int64_t kPatience = 20'000'000;
+  for (const std::int64_t start = now_ns(); now_ns() - start < kPatience; sched_yield()) {
+    int arrived = 0;
+    for (int p = 0; p < c.size; ++p) arrived += reached(c.control(p).round.load(std::memory_order_acquire), round);
+    if (arrived == c.size || c.header().poison.load(std::memory_order_acquire)) break;
+  }
   int culprit = 0, fewest = INT_MAX;
   for (int p = 0; p < c.size; ++p) {
     if (!reached(c.control(p).round.load(std::memory_order_acquire), round)) continue;
@@ -148,6 +162,25 @@ int minority(const fcomm_comm &c, std::uint32_t round) {
   return culprit;
 }
 
+// Sends what is still in line to whoever goes on receiving, for as long as the deadline allows.
+void hand_out(fcomm_comm &c) {
+  const std::int64_t start = now_ns();
+  for (int p = 0; p < c.size; ++p) {
+    auto &line = c.pending[std::size_t(p)];
+    while (!line.empty() && progress(c) && !line.empty()) {
+      pollfd life{c.life[std::size_t(p)], POLLIN, 0};
+      if (c.control(p).left.load(std::memory_order_acquire) != kStays || poll(&life, 1, 0) > 0 || c.broken ||
+          c.header().poison.load(std::memory_order_acquire) || now_ns() - start > c.timeout_ns)
+        break;
+      const timespec nap{0, 100'000};
+      nanosleep(&nap, nullptr);
+    }
+    c.pending_count -= int(line.size());
+    for (const Message &m : line) fcomm_pool_return(const_cast<char *>(m.data));
+    line.clear();
+  }
+}
+
 }  // namespace
 
 std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
@@ -155,6 +188,14 @@ std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
   return x ^ (x >> 31);
+}
+
+bool past_caches(const fcomm_comm &c, std::size_t touched) {
+  static const std::size_t cache = [] {
+    const long last_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return last_level > 0 ? std::size_t(last_level) : std::size_t(32) << 20;
+  }();
+  return touched >= cache / std::size_t(c.size);
 }
 
 void wake(Flag &word) {
@@ -178,15 +219,36 @@ fcomm_status wait_for(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std::u
     for (int k = 0; k < c.spins; ++k) {
       pause();
       if (reached(word.load(std::memory_order_acquire), target)) {
-        if (c.spins < c.spins_most) ++c.spins;
+        c.spins = std::min(c.spins_most, c.spins + c.spins / 16 + 1);
         return FCOMM_OK;
       }
     }
     // Spinning in vain: the peer is computing, or waits for the core that we hold. Spin less for a while.
-    c.spins -= c.spins / 8;
+    if (c.spins > kLeastSpins) c.spins -= c.spins / 8;
   }
   return wait_slowly(c, peer, word, waiters, target, among);
 }
+
+#ifdef FCOMM_TESTING
+void fault(const fcomm_comm &c, const char *point) {
+  struct Fault {
+    char point[32]{}, action[32]{};
+    int rank = -1;
+    std::atomic<int> passes{1};
+    Fault() {
+      const char *text = std::getenv("FCOMM_TEST_FAULT");
+      int n = 1;
+      if (text && std::sscanf(text, "%31[^:]:%d:%31[^:]:%d", point, &rank, action, &n) < 3) std::abort();
+      passes = n;
+    }
+  };
+  static Fault f;
+  if (c.rank != f.rank || std::strcmp(point, f.point) || f.passes.fetch_sub(1) != 1) return;
+  if (!std::strcmp(f.action, "kill")) raise(SIGKILL);
+  if (!std::strcmp(f.action, "stop")) raise(SIGSTOP);
+  if (!std::strcmp(f.action, "delay")) usleep(100'000);
+}
+#endif
 
 Call::Call(fcomm_comm *c) : status(FCOMM_OK) {
   // Before the lock: a thread of the parent may have held it when this process was forked.
@@ -207,7 +269,9 @@ Call::Call(fcomm_comm *c) : status(FCOMM_OK) {
 
 fcomm_status open_round(fcomm_comm &c, std::uint64_t fingerprint) {
   c.control(c.rank).fingerprint[filling(c) & 1] = fingerprint;
+  FCOMM_FAULT(c, "publish");
   const std::uint32_t round = publish(c);
+  FCOMM_FAULT(c, "wait");
   for (int p = 0; p < c.size; ++p) {
     if (p == c.rank) continue;
     if (const fcomm_status s = wait_round(c, p, round)) return s;
@@ -218,7 +282,9 @@ fcomm_status open_round(fcomm_comm &c, std::uint64_t fingerprint) {
 }
 
 fcomm_status next_round(fcomm_comm &c) {
+  FCOMM_FAULT(c, "publish");
   const std::uint32_t round = publish(c);
+  FCOMM_FAULT(c, "wait");
   for (int p = 0; p < c.size; ++p) {
     if (p == c.rank) continue;
     if (const fcomm_status s = wait_round(c, p, round)) return s;
@@ -267,7 +333,7 @@ fcomm_status fcomm_attach(void *region, int rank, int size, const int *life_fds,
   c->pending.resize(std::size_t(size));
   c->ring_ready.resize(std::size_t(size));
   const bool crowded = size > allowed_cores();
-  c->spins = c->spins_most = crowded ? 0 : 2000;
+  c->spins = c->spins_most = crowded ? 0 : kMostSpins;
   c->yields = crowded ? 20 : 50;
   // Touch our own slots now: a lack of memory is an error here and a SIGBUS later, and on a machine with several
   // memory nodes the pages come to lie where their writer runs.
@@ -303,23 +369,10 @@ fcomm_status fcomm_close(fcomm_comm *comm) {
   if (c.fork_generation != fork_generation.load()) return FCOMM_FORKED;
   const std::unique_lock lock(c.mutex);
   if (c.closed) return FCOMM_OK;
-  const std::int64_t start = now_ns();
-  for (int p = 0; p < c.size; ++p) {
-    while (!c.pending[std::size_t(p)].empty()) {
-      pollfd life{c.life[std::size_t(p)], POLLIN, 0};
-      const bool gone = c.control(p).left.load(std::memory_order_acquire) || (poll(&life, 1, 0) > 0);
-      if (!progress(c) || gone || c.broken || c.header().poison.load(std::memory_order_acquire) ||
-          now_ns() - start > c.timeout_ns)
-        break;
-      const timespec nap{0, 100'000};
-      nanosleep(&nap, nullptr);
-    }
-    for (const Pending &message : c.pending[std::size_t(p)]) fcomm_pool_return(message.data);
-    c.pending[std::size_t(p)].clear();
-  }
-  c.pending_count = 0;
+  c.control(c.rank).left.store(kLeaving, std::memory_order_release);
+  hand_out(c);
   c.closed = true;
-  c.control(c.rank).left.store(1, std::memory_order_release);
+  c.control(c.rank).left.store(kGone, std::memory_order_release);
   wake(c.control(c.rank).round);  // sleepers look around and find us gone
   for (int p = 0; p < c.size; ++p)
     if (p != c.rank) wake(c.ring(c.rank, p).head);

@@ -14,12 +14,13 @@
 
 namespace fcomm {
 
-// A message, or the rest of one, that the ring had no room for. The engine owns the copy.
-struct Pending {
-  char *data;
-  std::size_t nbytes, sent;
+// A message on its way into a ring, `sent` bytes and the first piece's signature gone already. The engine owns the bytes
+// of those that wait in line.
+struct Message {
+  const char *data;  // of byte `begin` and on
+  std::size_t begin, nbytes, sent;
   fcomm_signature signature;
-  bool first;
+  bool started;
 };
 
 }  // namespace fcomm
@@ -38,7 +39,7 @@ struct fcomm_comm {
   fcomm_failure failure{};
   std::mutex mutex;
   std::vector<int> life;
-  std::vector<std::deque<fcomm::Pending>> pending;  // by destination
+  std::vector<std::deque<fcomm::Message>> pending;  // by destination
   int pending_count = 0;
   std::vector<bool> ring_ready;
 
@@ -91,6 +92,14 @@ std::uint64_t mix(std::uint64_t a, std::uint64_t b);
 // has not published `target` is missing; between two ranks only the peer is.
 enum class Among { kAll, kTwo };
 fcomm_status wait_for(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std::uint32_t target, Among among);
+
+#ifdef FCOMM_TESTING
+// FCOMM_TEST_FAULT="point:rank:action[:n]": kill, stop or delay that rank when it passes the point for the n-th time.
+void fault(const fcomm_comm &c, const char *point);
+#define FCOMM_FAULT(c, point) fault(c, point)
+#else
+#define FCOMM_FAULT(c, point) static_cast<void>(0)
+#endif
 
 inline void pause() {
 #if defined(__x86_64__)

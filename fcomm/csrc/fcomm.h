@@ -11,6 +11,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)  // all else in the library is hidden
 
 #define FCOMM_ABI 1
 #define FCOMM_MAX_RANKS 240  // one SCM_RIGHTS message carries at most 253 descriptors, a peer's liveness each
@@ -110,6 +111,8 @@ fcomm_status fcomm_close(fcomm_comm *comm);
 void fcomm_free(fcomm_comm *comm);
 
 // Collectives. tag is the caller's fingerprint of what the engine cannot see (shape, permutation); equal on all ranks.
+// Of reduce and gather the root alone uses `out`, of broadcast and scatter the root alone uses `in`; elsewhere either
+// may be NULL and is left as it is.
 fcomm_status fcomm_all_reduce(const void *in, void *out, size_t count, int dtype, int op, uint64_t tag, fcomm_comm *);
 fcomm_status fcomm_reduce(const void *in, void *out, size_t count, int dtype, int op, int root, uint64_t tag,
                           fcomm_comm *);
@@ -153,6 +156,7 @@ size_t fcomm_pool_clear(void);
 void fcomm_pool_set_limit(size_t idle_bytes);
 fcomm_pool_report fcomm_pool_stats(void);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

@@ -7,7 +7,7 @@
 // parity r % 2, publishes r in its control line, waits until every peer has published r, and reads the peers' slots of
 // that parity. Two slots suffice: a rank that fills slot r % 2 again, in round r + 2, has seen every peer publish
 // r + 1, and a peer publishes r + 1 only after it has read what it wanted of round r. The same argument covers the
-// fingerprint beside the flag. tests/native/protocol_model.py walks every interleaving of this.
+// fingerprint beside the flag. tests/protocol_model.py walks every interleaving of this.
 #pragma once
 
 #include <atomic>
@@ -15,6 +15,10 @@
 #include <cstdint>
 
 #include "fcomm.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // Linux 5.14
+#endif
 
 namespace fcomm {
 
@@ -38,28 +42,32 @@ struct Header {
   alignas(kLine) std::atomic<std::uint64_t> poison;
 };
 
+// A rank that closes the group takes part in no further collective and receives no more (kLeaving), but first hands out
+// what it has still to send; then nothing of it is left (kGone).
+constexpr std::uint32_t kStays = 0, kLeaving = 1, kGone = 2;
+
 struct Control {
   alignas(kLine) Flag round;     // last round published, compared by signed difference: it wraps
   std::uint64_t fingerprint[2];  // of the call that the round of this parity opened
   alignas(kLine) Flag waiters;   // ranks asleep on `round`
-  Flag left;                     // this rank has closed the group
+  Flag left;                     // kStays, kLeaving or kGone
   std::int32_t pid;
   alignas(kLine) Flag described;
   char description[FCOMM_TEXT_BYTES - sizeof(Flag)];
 };
 
 struct Piece {
-  std::uint32_t nbytes;          // of this piece
   std::uint64_t message_nbytes;  // with the signature, on a message's first piece
   fcomm_signature signature;
   alignas(kLine) char data[kPieceBytes];
 };
 
-// One writer, one reader: pieces head - tail are full.
+// One writer, one reader: pieces tail .. head - 1 are full.
 struct Ring {
-  alignas(kLine) Flag head;
-  alignas(kLine) Flag tail;
-  alignas(kLine) Flag waiters;
+  alignas(kLine) Flag head;     // the writer's
+  alignas(kLine) Flag tail;     // the reader's
+  Flag reading;                 // the reader is inside recv(): worth waiting for
+  alignas(kLine) Flag waiters;  // readers asleep on `head`
   alignas(kPage) Piece pieces[kRingPieces];
 };
 

@@ -1,0 +1,141 @@
+// Memory for outputs. A fresh 64 MB block costs several times a 64 MB collective in page faults, so blocks that come
+// back are kept, page tables and all, up to a limit.
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <bit>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <unordered_map>
+#include <vector>
+
+#include "layout.h"
+
+namespace fcomm {
+namespace {
+
+// Below this the allocator of the C library keeps pages mapped by itself.
+constexpr std::size_t kLeast = 64 << 10;
+constexpr std::size_t kHuge = 2 << 20;
+
+struct Pool {
+  std::mutex mutex;
+  std::unordered_map<void *, std::size_t> in_use;             // block -> its bytes
+  std::unordered_map<std::size_t, std::vector<void *>> idle;  // bytes -> blocks, last in first out: warm in the caches
+  fcomm_pool_report report{0, 0, std::size_t(1) << 30, 0, 0, 0};
+};
+
+// Never destroyed: storages may die after the library's own statics.
+Pool &pool() {
+  static Pool &it = *new Pool;
+  // A thread of the parent may hold the lock while another forks.
+  static const int once = pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); },
+                                         [] { pool().mutex.unlock(); });
+  (void)once;
+  return it;
+}
+
+// Eighths of a power of two: at most an eighth is wasted, and few sizes exist.
+std::size_t bucket(std::size_t nbytes) {
+  return round_up(nbytes, std::max(kPage, std::bit_floor(nbytes - 1) / 8));
+}
+
+// Aligned to huge pages where there is one to fill: 512 faults become one.
+void *map(std::size_t nbytes) {
+  const std::size_t align = nbytes >= kHuge ? kHuge : kPage;
+  const std::size_t room = nbytes + align - kPage;
+  void *const got = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (got == MAP_FAILED) return nullptr;
+  char *const start = static_cast<char *>(got);
+  char *const block = start + (0 - reinterpret_cast<std::uintptr_t>(start)) % align;
+  if (block > start) munmap(start, std::size_t(block - start));
+  if (block + nbytes < start + room) munmap(block + nbytes, std::size_t(start + room - block - nbytes));
+  if (align == kHuge) madvise(block, nbytes, MADV_HUGEPAGE);
+  return block;
+}
+
+// Called with the lock held; the largest go first, for they are the fewest to map again.
+std::size_t shrink(Pool &p, std::size_t to_bytes) {
+  const std::size_t before = p.report.idle_bytes;
+  while (p.report.idle_bytes > to_bytes) {
+    auto largest = p.idle.begin();
+    for (auto i = p.idle.begin(); i != p.idle.end(); ++i)
+      if (i->first > largest->first) largest = i;
+    munmap(largest->second.back(), largest->first);
+    p.report.idle_bytes -= largest->first;
+    largest->second.pop_back();
+    if (largest->second.empty()) p.idle.erase(largest);
+  }
+  return before - p.report.idle_bytes;
+}
+
+}  // namespace
+}  // namespace fcomm
+
+using namespace fcomm;
+
+void *fcomm_pool_take(size_t nbytes) {
+  if (nbytes < kLeast) return std::aligned_alloc(64, round_up(nbytes ? nbytes : 1, 64));
+  Pool &p = pool();
+  const std::size_t size = bucket(nbytes);
+  if (size < nbytes) return nullptr;
+  const std::unique_lock lock(p.mutex);
+  const auto found = p.idle.find(size);
+  void *block;
+  if (found != p.idle.end()) {
+    block = found->second.back();
+    found->second.pop_back();
+    if (found->second.empty()) p.idle.erase(found);
+    p.report.idle_bytes -= size;
+    ++p.report.hits;
+  } else {
+    block = map(size);
+    if (!block && shrink(p, 0)) block = map(size);
+    if (!block) return nullptr;
+    ++p.report.misses;
+  }
+  p.in_use.emplace(block, size);
+  p.report.in_use_bytes += size;
+  ++p.report.blocks_in_use;
+  return block;
+}
+
+void fcomm_pool_return(void *block) {
+  if (!block) return;
+  Pool &p = pool();
+  {
+    const std::unique_lock lock(p.mutex);
+    const auto found = p.in_use.find(block);
+    if (found != p.in_use.end()) {
+      const std::size_t size = found->second;
+      p.in_use.erase(found);
+      p.report.in_use_bytes -= size;
+      --p.report.blocks_in_use;
+      p.idle[size].push_back(block);
+      p.report.idle_bytes += size;
+      shrink(p, p.report.limit_bytes);
+      return;
+    }
+  }
+  std::free(block);
+}
+
+size_t fcomm_pool_clear(void) {
+  Pool &p = pool();
+  const std::unique_lock lock(p.mutex);
+  return shrink(p, 0);
+}
+
+void fcomm_pool_set_limit(size_t idle_bytes) {
+  Pool &p = pool();
+  const std::unique_lock lock(p.mutex);
+  p.report.limit_bytes = idle_bytes;
+  shrink(p, idle_bytes);
+}
+
+fcomm_pool_report fcomm_pool_stats(void) {
+  Pool &p = pool();
+  const std::unique_lock lock(p.mutex);
+  return p.report;
+}

@@ -1,0 +1,198 @@
+// all_reduce, reduce, scan and reduce_scatter. Every result is a fold in rank order, made by one rank or by every rank
+// with the same instructions, so all ranks hold the same bits.
+#include "blocks.h"
+#include "rounds.h"
+
+namespace fcomm {
+namespace {
+
+struct Arithmetic {
+  Reduce reduce;
+  std::size_t width;  // bytes of an element
+  int divisor;
+
+  void fold(char *out, const void *const *in, int n, std::size_t nbytes) const {
+    reduce(out, in, n, nbytes / width, divisor);
+  }
+  // By way of a block that stays in the first-level cache, for the kernels store in the ordinary way.
+  void fold_past_caches(char *out, const void *const *in, int n, std::size_t nbytes) const {
+    constexpr std::size_t kBlock = 8 << 10;
+    alignas(64) char block[kBlock];
+    const void *rest[FCOMM_MAX_RANKS];
+    for (std::size_t at = 0; at < nbytes; at += kBlock) {
+      const std::size_t m = std::min(kBlock, nbytes - at);
+      for (int p = 0; p < n; ++p) rest[p] = static_cast<const char *>(in[p]) + at;
+      fold(block, rest, n, m);
+      copy(out + at, block, m, true);
+    }
+  }
+};
+
+bool arithmetic(Arithmetic &a, const fcomm_comm &c, int dtype, int op) {
+  if (dtype < 0 || dtype >= FCOMM_DTYPES || op < 0 || op >= FCOMM_OPS) return false;
+  a = {kernels().reduce[dtype][op], dtype_bytes(dtype), c.size};
+  return a.reduce != nullptr;
+}
+
+bool is_rank(const fcomm_comm &c, int root) { return root >= 0 && root < c.size; }
+
+// One synchronisation: every rank reads every slot. out is NULL where the result is not wanted.
+fcomm_status one_shot(fcomm_comm &c, std::uint64_t print, const char *in, char *out, std::size_t nbytes,
+                      const Arithmetic &a) {
+  return rounds(
+      c, print, 1, [&](std::size_t) { std::memcpy(c.in_slot(c.rank, filling(c)), in, nbytes); },
+      [&](std::size_t) {
+        if (!out) return;
+        const void *from[FCOMM_MAX_RANKS];
+        for (int p = 0; p < c.size; ++p) from[p] = p == c.rank ? in : c.in_slot(p, c.round);
+        a.fold(out, from, c.size, nbytes);
+      });
+}
+
+// Two phases, a chunk apart: in round k a rank copies in what its peers own of chunk k, and reduces its own share of
+// chunk k - 1, whose slots round k - 1 made readable; after the round all shares of chunk k - 1 are there to copy out.
+// In-slots and out-slots are both filled once a round, so the two parities suffice for both.
+fcomm_status two_phase(fcomm_comm &c, std::uint64_t print, const char *in, char *out, std::size_t nbytes,
+                       const Arithmetic &a) {
+  const std::size_t chunk = chunk_bytes(nbytes), n = pieces(nbytes, chunk);
+  const bool stream = past_caches(c, 2 * nbytes);
+  const auto share = [&](Span whole, int p) {
+    return span(whole.nbytes, share_bytes(whole.nbytes, c.size), std::size_t(p));
+  };
+  return rounds(
+      c, print, n + 1,
+      [&](std::size_t k) {
+        const std::uint32_t r = filling(c);
+        if (k < n) {
+          const Span whole = span(nbytes, chunk, k), own = share(whole, c.rank);
+          char *to = c.in_slot(c.rank, r);
+          const char *from = in + whole.at;
+          const std::size_t after = own.at + own.nbytes;
+          copy(to, from, own.at, false);
+          copy(to + after, from + after, whole.nbytes - after, false);
+        }
+        if (k > 0) {
+          const Span whole = span(nbytes, chunk, k - 1), own = share(whole, c.rank);
+          const void *from[FCOMM_MAX_RANKS];
+          for (int p = 0; p < c.size; ++p) from[p] = (p == c.rank ? in + whole.at : c.in_slot(p, r - 1)) + own.at;
+          a.fold(c.out_slot(c.rank, r), from, c.size, own.nbytes);
+        }
+      },
+      [&](std::size_t k) {
+        if (k == 0 || !out) return;
+        const Span whole = span(nbytes, chunk, k - 1);
+        for (int i = 0; i < c.size; ++i) {
+          const int p = (c.rank + i) % c.size;  // own first, and not all ranks at one peer
+          const Span s = share(whole, p);
+          copy(out + whole.at + s.at, c.out_slot(p, c.round), s.nbytes, stream);
+        }
+      });
+}
+
+fcomm_status all_reduce(fcomm_comm &c, std::uint64_t print, const void *in, void *out, std::size_t nbytes,
+                        const Arithmetic &a) {
+  // Reading every slot costs size * nbytes against twice nbytes and a second synchronisation.
+  const std::size_t small = std::max<std::size_t>(4 << 10, (64 << 10) / std::size_t(c.size));
+  const auto way = nbytes <= small ? one_shot : two_phase;
+  const fcomm_status s = way(c, print, static_cast<const char *>(in), static_cast<char *>(out), nbytes, a);
+  stream_fence();
+  return s;
+}
+
+}  // namespace
+}  // namespace fcomm
+
+using namespace fcomm;
+
+fcomm_status fcomm_all_reduce(const void *in, void *out, size_t count, int dtype, int op, uint64_t tag,
+                              fcomm_comm *comm) {
+  Call call(comm);
+  if (call.status) return call.status;
+  Arithmetic a;
+  if (!arithmetic(a, *comm, dtype, op)) return FCOMM_INVALID;
+  const std::size_t nbytes = count * a.width;
+  return all_reduce(*comm, fingerprint(Kind::kAllReduce, tag, nbytes, dtype, op), in, out, nbytes, a);
+}
+
+fcomm_status fcomm_reduce(const void *in, void *out, size_t count, int dtype, int op, int root, uint64_t tag,
+                          fcomm_comm *comm) {
+  Call call(comm);
+  if (call.status) return call.status;
+  Arithmetic a;
+  if (!arithmetic(a, *comm, dtype, op) || !is_rank(*comm, root)) return FCOMM_INVALID;
+  const std::size_t nbytes = count * a.width;
+  // All ranks share the work; the root alone copies out.
+  return all_reduce(*comm, fingerprint(Kind::kReduce, tag, nbytes, dtype, op, root), in,
+                    comm->rank == root ? out : nullptr, nbytes, a);
+}
+
+fcomm_status fcomm_scan(const void *in_, void *out_, size_t count, int dtype, int op, int exclusive, int reverse,
+                        uint64_t tag, fcomm_comm *comm) {
+  Call call(comm);
+  if (call.status) return call.status;
+  fcomm_comm &c = *comm;
+  Arithmetic a;
+  // The empty fold is zeros, which is neutral for the sum alone; and a mean over a prefix has no one divisor.
+  if (!arithmetic(a, c, dtype, op) || op == FCOMM_MEAN || (exclusive && op != FCOMM_SUM)) return FCOMM_INVALID;
+  const char *in = static_cast<const char *>(in_);
+  char *out = static_cast<char *>(out_);
+  const std::size_t nbytes = count * a.width, chunk = chunk_bytes(nbytes);
+  const int first = reverse ? c.size - 1 : 0, step = reverse ? -1 : 1;
+  const int terms = (c.rank - first) * step + (exclusive ? 0 : 1);
+  const bool wanted = c.rank != c.size - 1 - first;
+  return rounds(
+      c, fingerprint(Kind::kScan, tag, nbytes, dtype, op, exclusive * 2 + reverse), pieces(nbytes, chunk),
+      [&](std::size_t k) {
+        const Span s = span(nbytes, chunk, k);
+        if (wanted) copy(c.in_slot(c.rank, filling(c)), in + s.at, s.nbytes, false);
+      },
+      [&](std::size_t k) {
+        const Span s = span(nbytes, chunk, k);
+        const void *from[FCOMM_MAX_RANKS];
+        for (int i = 0; i < terms; ++i) {
+          const int p = first + i * step;
+          from[i] = p == c.rank ? in + s.at : c.in_slot(p, c.round);
+        }
+        if (terms && s.nbytes)
+          a.fold(out + s.at, from, terms, s.nbytes);
+        else if (s.nbytes)
+          std::memset(out + s.at, 0, s.nbytes);
+      });
+}
+
+fcomm_status fcomm_reduce_scatter(const void *in, fcomm_blocks matrix, void *out_, int dtype, int op, uint64_t tag,
+                                  fcomm_comm *comm) {
+  Call call(comm);
+  if (call.status) return call.status;
+  fcomm_comm &c = *comm;
+  Arithmetic a;
+  if (!arithmetic(a, c, dtype, op)) return FCOMM_INVALID;
+  const Blocks sent(in, matrix, c.size);
+  const Block &own = sent[c.rank];
+  char *out = static_cast<char *>(out_);
+  const std::size_t part = part_bytes(c, sent.total());
+  const bool stream = past_caches(c, sent.total() + own.nbytes());
+  const auto part_of = [&](int owner, int p, std::uint32_t r) { return c.in_slot(p, r) + std::size_t(owner) * part; };
+  const fcomm_status status = rounds(
+      c, fingerprint(Kind::kReduceScatter, tag, sent.total(), dtype, op), pieces(sent.most(), part),
+      [&](std::size_t k) {
+        for (int j = 0; j < c.size; ++j) {
+          // The kernels read contiguous memory: a strided block of our own takes the way of the peers'.
+          if (j == c.rank && own.contiguous()) continue;
+          const Span s = span(sent[j].nbytes(), part, k);
+          transfer(contiguous(part_of(j, c.rank, filling(c)), part), 0, sent[j], s.at, s.nbytes, false);
+        }
+      },
+      [&](std::size_t k) {
+        const Span s = span(own.nbytes(), part, k);
+        const void *from[FCOMM_MAX_RANKS];
+        for (int p = 0; p < c.size; ++p)
+          from[p] = p == c.rank && own.contiguous() ? own.base + s.at : part_of(c.rank, p, c.round);
+        if (stream)
+          a.fold_past_caches(out + s.at, from, c.size, s.nbytes);
+        else if (s.nbytes)
+          a.fold(out + s.at, from, c.size, s.nbytes);
+      });
+  stream_fence();
+  return status;
+}

@@ -1,0 +1,137 @@
+// send and recv: a ring of pieces for each ordered pair of ranks.
+//
+// send() never waits for a receiver that is not there, so any order of sends and receives that is right on paper runs.
+// What the ring has no room for is copied and waits in line; every later call on the communicator moves the line on.
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "comm.h"
+#include "rounds.h"
+
+namespace fcomm {
+namespace {
+
+// Both ends cut a message in the same way; nothing about it is taken from the ring.
+std::size_t piece_bytes(std::size_t nbytes) {
+  constexpr std::size_t kLeast = 8 << 10;
+  return std::clamp(round_up(nbytes / kRingPieces, 64), kLeast, kPieceBytes);
+}
+
+// Puts as many pieces into the ring as it has room for; true when the whole message is in.
+bool put(fcomm_comm &c, int to, Message &m) {
+  Ring &ring = c.ring(c.rank, to);
+  std::uint32_t head = ring.head.load(std::memory_order_relaxed);
+  while (!m.started || m.sent < m.nbytes) {
+    if (head - ring.tail.load(std::memory_order_acquire) == kRingPieces) return false;
+    Piece &piece = ring.pieces[head % kRingPieces];
+    if (!m.started) piece.message_nbytes = m.nbytes, piece.signature = m.signature;
+    const std::size_t n = std::min(piece_bytes(m.nbytes), m.nbytes - m.sent);
+    if (n) std::memcpy(piece.data, m.data + (m.sent - m.begin), n);
+    m.started = true, m.sent += n;
+    FCOMM_FAULT(c, "piece");
+    ring.head.exchange(++head, std::memory_order_seq_cst);
+    if (ring.waiters.load(std::memory_order_seq_cst)) wake(ring.head);
+  }
+  return true;
+}
+
+// Goes on for as long as the receiver is at it and takes pieces; a moment without any, and the rest is for the line.
+bool put_while_read(fcomm_comm &c, int to, Message &m) {
+  constexpr int kPatience = 2000;
+  const Ring &ring = c.ring(c.rank, to);
+  for (int idle = 0; !put(c, to, m); ++idle) {
+    if (!ring.reading.load(std::memory_order_acquire) || idle > kPatience) return false;
+    const std::uint32_t full = ring.head.load(std::memory_order_relaxed) - kRingPieces;
+    for (int k = 0; k < c.spins && ring.tail.load(std::memory_order_acquire) == full; ++k) pause();
+    if (ring.tail.load(std::memory_order_acquire) == full) sched_yield();
+    else idle = 0;
+  }
+  return true;
+}
+
+fcomm_status prepare(fcomm_comm &c, int to) {
+  if (c.ring_ready[std::size_t(to)]) return FCOMM_OK;
+  Ring &ring = c.ring(c.rank, to);
+  // Touched by its writer, and now: a lack of memory is an error here and a SIGBUS later.
+  if (madvise(&ring, sizeof ring, MADV_POPULATE_WRITE) && errno != EINVAL) return FCOMM_SYSTEM;
+  c.ring_ready[std::size_t(to)] = true;
+  return FCOMM_OK;
+}
+
+bool same(const fcomm_signature &a, const fcomm_signature &b) {
+  return a.dtype == b.dtype && a.ndim == b.ndim && a.ndim >= 0 && a.ndim <= FCOMM_MAX_DIMS &&
+         std::memcmp(a.dims, b.dims, std::size_t(a.ndim) * sizeof a.dims[0]) == 0;
+}
+
+}  // namespace
+
+bool progress(fcomm_comm &c) {
+  for (int p = 0; p < c.size; ++p) {
+    auto &line = c.pending[std::size_t(p)];
+    while (!line.empty() && put(c, p, line.front())) {
+      fcomm_pool_return(const_cast<char *>(line.front().data));
+      line.pop_front();
+      --c.pending_count;
+    }
+  }
+  return c.pending_count > 0;
+}
+
+}  // namespace fcomm
+
+using namespace fcomm;
+
+fcomm_status fcomm_send(const void *in, size_t nbytes, const fcomm_signature *signature, int destination,
+                        fcomm_comm *comm) {
+  Call call(comm);
+  if (call.status) return call.status;
+  fcomm_comm &c = *comm;
+  if (destination < 0 || destination >= c.size || destination == c.rank) return FCOMM_INVALID;
+  if (const fcomm_status s = prepare(c, destination)) return s;
+  auto &line = c.pending[std::size_t(destination)];
+  Message m{static_cast<const char *>(in), 0, nbytes, 0, *signature, false};
+  if (line.empty() && put_while_read(c, destination, m)) return FCOMM_OK;
+  char *copied = static_cast<char *>(fcomm_pool_take(nbytes - m.sent));
+  if (!copied) return FCOMM_SYSTEM;
+  if (nbytes > m.sent) std::memcpy(copied, m.data + m.sent, nbytes - m.sent);
+  m.data = copied, m.begin = m.sent;
+  line.push_back(m);
+  ++c.pending_count;
+  return FCOMM_OK;
+}
+
+fcomm_status fcomm_recv(void *out_, size_t nbytes, const fcomm_signature *signature, int source, fcomm_signature *got,
+                        fcomm_comm *comm) {
+  Call call(comm);
+  if (call.status) return call.status;
+  fcomm_comm &c = *comm;
+  if (source < 0 || source >= c.size || source == c.rank) return FCOMM_INVALID;
+  Ring &ring = c.ring(source, c.rank);
+  char *out = static_cast<char *>(out_);
+  const std::size_t piece = piece_bytes(nbytes);
+  std::uint32_t tail = ring.tail.load(std::memory_order_relaxed);
+  fcomm_status status = FCOMM_OK;
+  ring.reading.store(1, std::memory_order_release);
+  for (std::size_t k = 0; k == 0 || k * piece < nbytes; ++k) {
+    status = wait_for(c, source, ring.head, ring.waiters, tail + 1, Among::kTwo);
+    if (status) break;
+    const Piece &p = ring.pieces[tail % kRingPieces];
+    if (k == 0) {
+      if (got) *got = p.signature;
+      if (p.message_nbytes != nbytes || !same(p.signature, *signature)) {
+        status = poison(c, FCOMM_MISMATCH, source, c.round);
+        break;
+      }
+    }
+    const Span s = span(nbytes, piece, k);
+    if (s.nbytes) std::memcpy(out + s.at, p.data, s.nbytes);
+    FCOMM_FAULT(c, "taken");
+    ring.tail.store(++tail, std::memory_order_release);
+    if (c.pending_count) progress(c);
+  }
+  ring.reading.store(0, std::memory_order_release);
+  return status;
+}
