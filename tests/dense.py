@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vjp
 
+import fcomm
 from fcomm import layers
 
 
@@ -18,10 +20,10 @@ from fcomm import layers
 class LayerCase:
     """A layer, its dense counterpart, and how the counterpart's tensors lie over the ranks.
 
-    parallel(*parts, group, backend) -> y on one rank.  dense(*wholes) -> y.
+    parallel(*parts, group, backend) -> y on one rank.  dense(*wholes) -> y, or dense(*wholes, n=n).
     args: n -> the whole tensors.  dims: the dim of each that is cut over the ranks, None if all ranks have it.
     out: the dim of y that is cut, None if y is the same on all ranks.
-    traffic: {(collective, count)} forward, and of the vjp alone.
+    forward, backward: n -> {collective: calls}, of the layer and of its vjp.
     """
 
     id: str
@@ -30,9 +32,10 @@ class LayerCase:
     args: Callable[[int], Sequence[Tensor]]
     dims: Sequence[int | None]
     out: int | None
-    forward: dict[str, int] = field(default_factory=dict)
-    backward: dict[str, int] = field(default_factory=dict)
+    forward: Callable[[int], dict[str, int]]
+    backward: Callable[[int], dict[str, int]]
     sizes: Sequence[int] = (1, 2, 3, 4)
+    dense_takes_n: bool = False
 
 
 def stack_parts(x: Tensor, dim: int | None, n: int) -> Tensor:
@@ -69,9 +72,10 @@ class Expected:
 
 def expected(case: LayerCase, n: int) -> Expected:
     wholes = list(case.args(n))
-    y = case.dense(*wholes)
+    dense = partial(case.dense, n=n) if case.dense_takes_n else case.dense
+    y = dense(*wholes)
     ct = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(7))
-    results = value_and_vjp(case.dense, wholes, ct)
+    results = value_and_vjp(dense, wholes, ct)
     dims = [case.out, *(case.dims[i] for i in differentiable(wholes))]
     return Expected(
         [stack_parts(x, d, n) for x, d in zip(wholes, case.dims, strict=True)],
@@ -91,13 +95,17 @@ def integers(*shape: int, high: int, seed: int) -> Tensor:
 # --- tensor parallel ----------------------------------------------------------------------------------------------
 
 
-def attention(x: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool = True) -> Tensor:
-    heads = [torch.einsum("bsd,hcd->bhsc", x, w) for w in (q, k, v)]
-    groups = heads[0].shape[1] // heads[1].shape[1]
-    k, v = (h.repeat_interleave(groups, 1) for h in heads[1:])
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """torch's attention over [B S H C], [B T K C]; the math backend has all derivatives."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        y = F.scaled_dot_product_attention(heads[0], k, v, is_causal=causal)
-    return torch.einsum("bhsc,dhc->bsd", y, out)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+
+def attention(x: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool = True) -> Tensor:
+    heads = [torch.einsum("bsd,hcd->bshc", x, w) for w in (q, k, v)]
+    return torch.einsum("bshc,dhc->bsd", sdpa(*heads, causal=causal), out)
 
 
 def mlp(x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> Tensor:
@@ -163,10 +171,14 @@ def _block(x: Tensor, *params: Tensor, **rest: Any) -> Tensor:
     return layers.transformer_block(x, dict(zip(BLOCK, params, strict=True)), **rest)
 
 
+def _always(**counts: int) -> Callable[[int], dict[str, int]]:
+    return lambda n: counts
+
+
 def _both(id: str, parallel: Callable[..., Tensor], dense: Callable[..., Tensor], args: Any, dims: Sequence[int | None],
           out: int | None, x_dim: int | None, pairs: int, replicated: int) -> list[LayerCase]:  # fmt: skip
     """A case without and with sequence parallelism; the counts are those of Megatron's tables."""
-    reduce = {"all_reduce_invariant": pairs}
+    reduce = _always(all_reduce_invariant=pairs)
     exchange = {"all_gather": pairs, "reduce_scatter": pairs}
 
     def sequence(*parts: Tensor, **rest: Any) -> Tensor:
@@ -174,8 +186,8 @@ def _both(id: str, parallel: Callable[..., Tensor], dense: Callable[..., Tensor]
 
     return [
         LayerCase(id, parallel, dense, args, dims, out, reduce, reduce),
-        LayerCase(f"{id}-sequence", sequence, dense, args, [x_dim, *dims[1:]], 1, exchange,
-                  exchange | ({"all_reduce_invariant": replicated} if replicated else {})),
+        LayerCase(f"{id}-sequence", sequence, dense, args, [x_dim, *dims[1:]], 1, _always(**exchange),
+                  _always(**exchange, **({"all_reduce_invariant": replicated} if replicated else {}))),
     ]  # fmt: skip
 
 
@@ -185,25 +197,103 @@ def _sequence(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 TENSOR = [
     LayerCase("column_linear", layers.column_linear, F.linear, _linear_args, [None, 0, 0], 2,
-              {}, {"all_reduce_invariant": 1}),
+              _always(), _always(all_reduce_invariant=1)),
     LayerCase("column_linear-sequence", _sequence(layers.column_linear), F.linear, _linear_args, [1, 0, 0], 2,
-              {"all_gather": 1}, {"reduce_scatter": 1}),
+              _always(all_gather=1), _always(reduce_scatter=1)),
     LayerCase("row_linear", layers.row_linear, F.linear, _row_args, [2, 1, None], None,
-              {"all_reduce_invariant": 1}, {}),
+              _always(all_reduce_invariant=1), _always()),
     LayerCase("row_linear-sequence", _sequence(layers.row_linear), F.linear, _row_args, [2, 1, None], 1,
-              {"reduce_scatter": 1}, {"all_gather": 1, "all_reduce_invariant": 1}),
+              _always(reduce_scatter=1), _always(all_gather=1, all_reduce_invariant=1)),
     LayerCase("embedding", layers.vocab_parallel_embedding, F.embedding, _embedding_args, [None, 0], None,
-              {"all_reduce_invariant": 1}, {}),
+              _always(all_reduce_invariant=1), _always()),
     LayerCase("embedding-sequence", _sequence(layers.vocab_parallel_embedding), F.embedding, _embedding_args,
-              [None, 0], 1, {"reduce_scatter": 1}, {"all_gather": 1}),
+              [None, 0], 1, _always(reduce_scatter=1), _always(all_gather=1)),
     LayerCase("cross_entropy", layers.vocab_parallel_cross_entropy, cross_entropy, _entropy_args, [2, None], None,
-              {"all_reduce": 1, "all_reduce_invariant": 1}, {}),
+              _always(all_reduce=1, all_reduce_invariant=1), _always()),
     LayerCase("cross_entropy-padded",
               lambda logits, target, **rest: layers.vocab_parallel_cross_entropy(
                   logits, target, vocab=logits.shape[-1] * rest["group"].size - 2, **rest),
               lambda logits, target: cross_entropy(logits, target, -2), _entropy_args, [2, None], None,
-              {"all_reduce": 1, "all_reduce_invariant": 1}, {}),
+              _always(all_reduce=1, all_reduce_invariant=1), _always()),
     *_both("mlp", layers.mlp, mlp, _mlp_args, [None, 0, 0, 1, None], None, 1, 1, 1),
     *_both("attention", layers.attention, attention, _attention_args, [None, 0, 0, 0, 1], None, 1, 1, 0),
     *_both("transformer_block", _block, block, block_args, [None, *BLOCK.values()], None, 1, 2, 1),
 ]  # fmt: skip
+
+
+# --- sequence parallel --------------------------------------------------------------------------------------------
+
+
+def lengths(n: int) -> list[int]:
+    """Positions of each rank, none like its neighbour."""
+    return [3, 1, 2, 3][:n]
+
+
+def _real(n: int) -> Tensor:
+    """Where the real positions are when every rank pads to the longest."""
+    longest = max(lengths(n))
+    return torch.cat([torch.arange(d) + r * longest for r, d in enumerate(lengths(n))])
+
+
+def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, *, n: int, causal: bool) -> Tensor:
+    real = _real(n)
+    y = sdpa(*(x[:, real] for x in (q, k, v)), causal=causal)
+    return torch.zeros_like(q).index_copy(1, real, y)
+
+
+def _own(x: Tensor, group: fcomm.Group) -> Tensor:
+    """In processes a rank drops the padding that simulated ranks need."""
+    return x if group.simulated else x[:, : lengths(group.size)[group.rank]]
+
+
+def _ulysses_of_lengths(q: Tensor, k: Tensor, v: Tensor, *, group: Any, backend: Any, causal: bool) -> Tensor:
+    y = layers.ulysses_attention(
+        *(_own(x, group) for x in (q, k, v)), group, backend, causal=causal, sizes=lengths(group.size)
+    )
+    return F.pad(y, (0, 0, 0, 0, 0, q.shape[1] - y.shape[1]))
+
+
+def _ring_of_lengths(q: Tensor, k: Tensor, v: Tensor, *, group: Any, backend: Any, causal: bool) -> Tensor:
+    y = layers.ring_attention(q, k, v, group, backend, causal=causal, sizes=lengths(group.size))
+    own = torch.tensor(lengths(group.size)).index_select(0, fcomm.axis_index(group, backend).reshape(1))
+    return y * (torch.arange(q.shape[1]) < own)[:, None, None]
+
+
+def _zigzag_sdpa(q: Tensor, k: Tensor, v: Tensor, *, n: int) -> Tensor:
+    order = layers.zigzag_order(q.shape[1], n)
+    back = order.argsort()
+    return sdpa(*(x[:, back] for x in (q, k, v)), causal=True)[:, order]
+
+
+def _qkv(seq: Callable[[int], int], heads: Callable[[int], int], keys: Callable[[int], int]) -> Callable[[int], Any]:
+    # Scores far from 0, so that a softmax that is not shifted, or shifted twice, shows.
+    return lambda n: [draw(2, seq(n), heads(n), 3, seed=1, scale=3.0),
+                      *(draw(2, seq(n), keys(n), 3, seed=s, scale=3.0) for s in (2, 3))]  # fmt: skip
+
+
+def _sequence_cases() -> list[LayerCase]:
+    even = _qkv(lambda n: 2 * n, lambda n: 2 * n, lambda n: n)
+    few = _qkv(lambda n: 2 * n, lambda n: 6, lambda n: 3)
+    uneven = _qkv(lambda n: n * max(lengths(n)), lambda n: 4, lambda n: 2)
+    two = {"all_to_all": 2}
+    cases = []
+    for causal in (False, True):
+        label = "-causal" if causal else ""
+        plain = partial(sdpa, causal=causal)
+        for name, layer, args, dense in (
+            ("ulysses", layers.ulysses_attention, even, plain),
+            ("ulysses-heads", layers.ulysses_attention, few, plain),
+            ("ulysses-lengths", _ulysses_of_lengths, uneven, partial(_padded_sdpa, causal=causal)),
+            ("ring", layers.ring_attention, few, plain),
+            ("ring-lengths", _ring_of_lengths, uneven, partial(_padded_sdpa, causal=causal)),
+        ):
+            traffic = (lambda n: {"ppermute": n - 1}) if "ring" in name else (lambda n: two)
+            cases.append(LayerCase(name + label, partial(layer, causal=causal), dense, args, [1, 1, 1], 1,
+                                   traffic, traffic, dense_takes_n="lengths" in name))  # fmt: skip
+    zigzag = partial(layers.ring_attention, causal=True, zigzag=True)
+    ring = lambda n: {"ppermute": n - 1}
+    return [*cases, LayerCase("ring-zigzag", zigzag, _zigzag_sdpa, _qkv(lambda n: 4 * n, lambda n: 2, lambda n: 1),
+                              [1, 1, 1], 1, ring, ring, dense_takes_n=True)]  # fmt: skip
+
+
+SEQUENCE = _sequence_cases()

@@ -22,7 +22,7 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> T
     """
     scores = attention_scores(q, repeat_heads(k, q.shape[2]))
     if causal:
-        scores = scores.masked_fill(~causal_mask(scores), -torch.inf)
+        scores = scores.masked_fill(~causal_mask(q.shape[1], q.device), -torch.inf)
     return torch.einsum("bhst,bthc->bshc", scores.softmax(-1), repeat_heads(v, q.shape[2]))
 
 
@@ -39,9 +39,9 @@ def attention_scores(q: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("bshc,bthc->bhst", q * q.shape[-1] ** -0.5, k)
 
 
-def causal_mask(scores: Tensor) -> Tensor:
-    """[S T] bool: whether position s sees position t."""
-    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """[S S] bool: whether position s sees position t."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:

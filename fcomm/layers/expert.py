@@ -1,0 +1,186 @@
+"""Expert parallelism: every rank of `group` has some of the experts, and tokens travel to the experts they chose.
+
+    T  tokens of a rank    D  model width    F  hidden width    E  experts, e = E/n on each rank    k  choices of a token
+
+        rank 0  tokens a b        experts 0 1            a -> 0, 3      results come back, and are added up
+        rank 1  tokens c d        experts 2 3            b -> 1, 2      with the router's weights
+
+    weight, expert = route(x, router, group, backend, k=2)
+    y = moe_ragged(x, weight, expert, up, down, group, backend)            up [e F D], down [e D F]
+
+The three differ in how the tokens travel, hence in what is on the host, and in what is dropped:
+
+    function        sizes of messages               tokens            exchanges forward               rows an expert rank works on
+    moe_capacity    fixed: c of each expert         over c: dropped   2 all_to_all                    E c
+    moe_ragged      tensors, on the device          all kept          2 ragged_all_to_all, 3 small    room for n k T
+    moe_uneven      on the host: counts             all kept          2 uneven all_to_all             those that came
+
+Backward: the same exchanges the other way, and the router's gradient is all-reduced, for it meets other tokens on each
+rank. Integers have no derivative, so the small exchanges of sizes are not repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fcomm.collectives import all_gather, all_to_all, axis_index, pvary, ragged_all_to_all, scan
+from fcomm.group import Backend, Group
+from fcomm.layers.sequence import own_row
+
+# experts(rows [R D], which [R], up, down) -> [R D]: row i through local expert which[i]; zeros where which[i] == e.
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def route(x: Tensor, router: Tensor, group: Group, backend: Backend, *, k: int) -> tuple[Tensor, Tensor]:
+    """The k experts of each token and their weights, which add up to 1.
+
+    x: [T D], the rank's own tokens. router: [E D], replicated. Results: weight [T k], expert [T k].
+    Traffic: none; backward all_reduce of router's gradient.
+    """
+    weight, expert = F.linear(x, pvary(router, group, backend)).softmax(-1).topk(k, -1)
+    return weight / weight.sum(-1, keepdim=True), expert
+
+
+def moe_capacity(
+    x: Tensor, weight: Tensor, expert: Tensor, up: Tensor, down: Tensor, group: Group, backend: Backend, *, capacity: int
+) -> Tensor:
+    """Each rank sends each expert a box of `capacity` rows, some empty; what does not fit is dropped (adds zero).
+
+        rank 0  boxes [E c D]      [e n*c D]              [e n*c D]      [E c D]
+        rank 1  boxes [E c D]  ->  [e n*c D]  experts ->  [e n*c D]  ->  [E c D]
+
+    First choices are packed before second ones (Lepikhin et al., "GShard"). Experts may be more than the router has: pad
+    E to a multiple of n. Traffic: two all_to_alls of E c D elements.
+    """
+    experts = group.size * up.shape[0]
+    slot = _slots(expert, experts, capacity)
+    # One box too many, for what is dropped.
+    boxes = x.new_zeros(experts * capacity + 1, x.shape[1]).index_add(0, slot.reshape(-1), _copies(x, expert))
+    boxes = boxes[:-1].unflatten(0, (experts, capacity))
+    boxes = all_to_all(boxes, group, backend, split_dim=0, concat_dim=1)
+    boxes = torch.einsum("erf,edf->erd", F.gelu(torch.einsum("erd,efd->erf", boxes, up)), down)
+    boxes = all_to_all(boxes, group, backend, split_dim=1, concat_dim=0)
+    rows = torch.cat([boxes.flatten(0, 1), x.new_zeros(1, x.shape[1])]).index_select(0, slot.reshape(-1))
+    return (rows.unflatten(0, slot.shape) * weight.unsqueeze(-1)).sum(1)
+
+
+def _slots(expert: Tensor, experts: int, capacity: int) -> Tensor:
+    """[T k]: the place of each choice in [E c], E*c if it is dropped."""
+    chosen = expert.T.reshape(-1)
+    hot = _one_hot(chosen, experts)
+    place = (hot.cumsum(0) * hot).sum(1) - 1
+    return torch.where(place < capacity, chosen * capacity + place, experts * capacity).reshape(expert.T.shape).T
+
+
+def moe_ragged(
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    up: Tensor,
+    down: Tensor,
+    group: Group,
+    backend: Backend,
+    *,
+    rows: int | None = None,
+    experts: Experts | None = None,
+) -> Tensor:
+    """Every token reaches its experts; sizes stay on the device, so there is no host synchronisation here.
+
+    (A backend without a ragged exchange of its own does one inside ragged_all_to_all.)
+    rows: how many rows this rank has room for; left out, the n k T that can come at worst. More than fit is an error.
+    experts: the local experts, by default masked_experts. Traffic: k T D elements each way; counts, places and sizes of n
+    integers besides.
+    """
+    n, local = group.size, up.shape[0]
+    order, counts = _sorted(expert, n * local)
+    sends = counts.reshape(n, local).sum(1)
+    counts = all_to_all(counts, group, backend).reshape(n, local)
+    recvs = counts.sum(1)
+    starts, landed = sends.cumsum(0) - sends, recvs.cumsum(0) - recvs
+    # At each receiver my rows come after those of the ranks before me.
+    landing = scan(sends, group, backend, exclusive=True)
+    room = x.new_zeros(n * expert.numel() if rows is None else rows, x.shape[1])
+    there = ragged_all_to_all(_copies(x, expert, order), room, starts, sends, landing, recvs, group, backend)
+    which = _which(counts.reshape(-1), room.shape[0], local)
+    there = (experts or masked_experts)(there, which, up, down)
+    back = all_to_all(starts, group, backend)
+    here = ragged_all_to_all(there, x.new_zeros(expert.numel(), x.shape[1]), landed, recvs, back, sends, group, backend)
+    return _combined(here, weight, order, x)
+
+
+def moe_uneven(
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    up: Tensor,
+    down: Tensor,
+    group: Group,
+    backend: Backend,
+    *,
+    counts: Sequence[Sequence[int]],
+    experts: Experts | None = None,
+) -> Tensor:
+    """Every token reaches its experts, by messages whose sizes the host knows.
+
+    counts: counts[r][j] rows go from rank r to expert j, the same on all ranks: expert_counts(..).tolist(), the one host
+    synchronisation. No room is wasted, and the result of routing is data of the program: compiled, it is one graph for
+    each counts. Traffic: k T D elements each way.
+    """
+    n, local = group.size, up.shape[0]
+    order, _ = _sorted(expert, n * local)
+    matrix = [[sum(row[r * local : (r + 1) * local]) for r in range(n)] for row in counts]
+    there = all_to_all(_copies(x, expert, order), group, backend, send_sizes=matrix)
+    table = torch.tensor([[row[r * local : (r + 1) * local] for row in counts] for r in range(n)], device=x.device)
+    segments = own_row(table, axis_index(group, backend)).reshape(-1)
+    there = (experts or masked_experts)(there, _which(segments, there.shape[0], local), up, down)
+    here = all_to_all(there, group, backend, send_sizes=[list(column) for column in zip(*matrix, strict=True)])
+    return _combined(here, weight, order, x)
+
+
+def expert_counts(expert: Tensor, experts: int, group: Group, backend: Backend) -> Tensor:
+    """[n E]: how many choices of each rank's tokens fell on each expert, on every rank. Traffic: E integers per rank."""
+    return all_gather(_one_hot(expert.reshape(-1), experts).sum(0), group, backend, tiled=False)
+
+
+def masked_experts(rows: Tensor, which: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Each expert works on all rows, and keeps its own: e times the arithmetic, in plain operations of fixed shape.
+
+    Where it matters, pass a grouped matrix product of the machine instead.
+    """
+    y = torch.zeros_like(rows)
+    for j in range(up.shape[0]):
+        y = y + torch.where((which == j).unsqueeze(1), F.linear(F.gelu(F.linear(rows, up[j])), down[j]), 0.0)
+    return y
+
+
+def _sorted(expert: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The choices ordered by expert, and how many there are of each."""
+    chosen = expert.reshape(-1)
+    return chosen.argsort(stable=True), _one_hot(chosen, experts).sum(0)
+
+
+def _which(segments: Tensor, rows: int, local: int) -> Tensor:
+    """The local expert of each received row, `local` for none: rows come by rank, from each by expert."""
+    ends = segments.cumsum(0)
+    segment = (torch.arange(rows, device=segments.device).unsqueeze(1) >= ends).sum(1)
+    return torch.where(segment < ends.shape[0], segment % local, local)
+
+
+def _copies(x: Tensor, expert: Tensor, order: Tensor | None = None) -> Tensor:
+    """A row for each choice of each token, in the order given or, for boxes, the choices' own."""
+    k = expert.shape[1]
+    return x.repeat_interleave(k, 0) if order is None else x.index_select(0, order // k)
+
+
+def _combined(rows: Tensor, weight: Tensor, order: Tensor, x: Tensor) -> Tensor:
+    """The weighted sum of each token's rows, which lie in the order given."""
+    rows = rows * weight.reshape(-1).index_select(0, order).unsqueeze(1)
+    return torch.zeros_like(x).index_add(0, order // weight.shape[1], rows)
+
+
+def _one_hot(index: Tensor, length: int) -> Tensor:
+    return (index.unsqueeze(1) == torch.arange(length, device=index.device)).long()
