@@ -72,3 +72,11 @@ class BackendError(FcommError):
         super().__init__(text, op=op, group=group, rank=rank, culprits=culprits)
         self.code = code
         self.code_name = code_name
+
+
+class BackendTimeoutError(BackendError, CollectiveTimeoutError):
+    """A deadline of the library's own passed: a status such as ncclTimeout or HCCL_E_TIMEOUT."""
+
+
+class BackendPeerError(BackendError, PeerDiedError):
+    """The library lost a rank: a status such as ncclRemoteError or HCCL_E_REMOTE."""
