@@ -1,0 +1,241 @@
+"""FastVideo's device communicators, as functions, and its StatelessProcessGroup.
+
+Names, arguments, their order and defaults are those of DeviceCommunicatorBase's methods; ranks count within the group.
+Where the methods have self, these take group and backend, as keywords or anywhere among the positional arguments:
+all_gather(x, group, backend, dim=1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fcomm
+from fcomm.compat.funcol import ReduceOp, op_name
+from fcomm.compat.handles import takes_handles
+from fcomm.errors import ArgumentError, CollectiveTimeoutError
+from fcomm.group import Backend, Group
+from fcomm.rendezvous import live
+
+
+@takes_handles
+def all_reduce(input_: Tensor, op: ReduceOp | None = dist.ReduceOp.SUM, *, group: Group, backend: Backend) -> Tensor:
+    """Fold input_ over the group; op is a torch.distributed.ReduceOp or its name, and every op has its derivative."""
+    return fcomm.all_reduce(input_, group, backend, op="sum" if op is None else op_name(op))
+
+
+@takes_handles
+def all_gather(input_: Tensor, dim: int = -1, *, group: Group, backend: Backend) -> Tensor:
+    """Concatenate every rank's input_ along dim."""
+    return fcomm.all_gather(input_, group, backend, dim=dim)
+
+
+@takes_handles
+def all_to_all_4D(  # noqa: N802
+    input_: Tensor, scatter_dim: int = 2, gather_dim: int = 1, *, group: Group, backend: Backend
+) -> Tensor:
+    """Between sequence shards and head shards of [batch, sequence, heads, head_dim].
+
+    scatter_dim=2, gather_dim=1: [b, s / n, h, d] -> [b, s, h / n, d]; scatter_dim=1, gather_dim=2: back.
+    Raises ArgumentError for other dims, another number of dimensions, and lengths that n does not divide.
+    """
+    if input_.dim() != 4:
+        raise ArgumentError(
+            f"all_to_all_4D: input must be 4D tensor [batch, sequence, heads, head_dim], got {tuple(input_.shape)}; "
+            "use fcomm.all_to_all for other shapes"
+        )
+    if (scatter_dim, gather_dim) not in ((2, 1), (1, 2)):
+        raise ArgumentError(
+            f"all_to_all_4D: Invalid scatter_dim={scatter_dim}, gather_dim={gather_dim}; "
+            "choose (2, 1) or (1, 2), or use fcomm.all_to_all for other dims"
+        )
+    return fcomm.all_to_all(input_, group, backend, split_dim=scatter_dim, concat_dim=gather_dim)
+
+
+@takes_handles
+def gather(input_: Tensor, dst: int = 0, dim: int = -1, *, group: Group, backend: Backend) -> Tensor | None:
+    """Concatenate every rank's input_ along dim on rank dst; None on the others.
+
+    On a simulated axis, where all ranks have one result, it is zeros off the root. For backward, a rank off the root
+    takes part by differentiating something of its input_: use fcomm.gather, whose result off the root is zeros.
+    """
+    y = fcomm.gather(input_, group, backend, dst=dst, dim=dim)
+    return y if group.simulated or group.rank == dst else None
+
+
+@takes_handles
+def send(tensor: Tensor, dst: int | None = None, *, group: Group, backend: Backend) -> Tensor:
+    """Send tensor to rank dst, by default the next; returns fcomm.send's token, which carries the cotangent back."""
+    return fcomm.send(tensor, group, backend, dst=dst)
+
+
+@takes_handles
+def recv(
+    size: Sequence[int],
+    dtype: torch.dtype,
+    src: int | None = None,
+    *,
+    group: Group,
+    backend: Backend,
+    device: torch.device | str | None = None,
+    after: Tensor | None = None,
+) -> Tensor:
+    """Receive a tensor of that size and dtype from rank src, by default the previous.
+
+    device: of the result, by default the backend's. after: a token of send, as in fcomm.recv.
+    """
+    where = device if device is not None else backend.devices[0] if backend.devices else "cpu"
+    return fcomm.recv(torch.empty(tuple(size), dtype=dtype, device=where), group, backend, src=src, after=after)
+
+
+# --- small values over the store ----------------------------------------------------------------------------------
+
+
+@dataclass
+class StatelessProcessGroup:
+    """Exchanges small Python values between the ranks of a group, through the group's store; no tensors, no pickle.
+
+    Values are None, bool, int, float, str, bytes, and lists, tuples and dicts of them. Every message has a key of its
+    own sender, receiver and number, and is deleted when it has been read. group is a Group with everything a Group has:
+    pass it to collectives.
+    """
+
+    group: Group
+    _numbers: dict[str, int] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def create(
+        host: str, port: int, rank: int, world_size: int, data_expiration_seconds: int = 3600
+    ) -> StatelessProcessGroup:
+        """A group of its own store at host:port, which rank 0 serves; no torch.distributed state is made.
+
+        data_expiration_seconds: deadline of every wait, at most fcomm's default of 300 s.
+        Raises RendezvousError naming the ranks that are missing.
+        """
+        timeout_s = min(float(data_expiration_seconds), 300.0)
+        name = f"stateless:{host}:{port}"
+        return StatelessProcessGroup(
+            fcomm.stateless_group(host, port, rank, world_size, name=name, timeout_s=timeout_s)
+        )
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the group."""
+        return self.group.rank or 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.group.size
+
+    @property
+    def store(self) -> dist.Store:
+        """The group's own store."""
+        return live(self.group).store
+
+    def send_obj(self, obj: Any, dst: int) -> None:
+        """Send obj to rank dst; does not wait."""
+        self._check("send_obj", "dst", dst)
+        self.store.set(self._key(f"send/{self.rank}/{dst}"), encode(obj))  # type: ignore[arg-type]  # str in torch's stub only
+
+    def recv_obj(self, src: int) -> Any:
+        """The next value that rank src sends to this rank."""
+        self._check("recv_obj", "src", src)
+        return self._read("recv_obj", self._key(f"send/{src}/{self.rank}"), src, readers=1)
+
+    def broadcast_obj(self, obj: Any | None, src: int) -> Any:
+        """obj of rank src, on every rank."""
+        self._check("broadcast_obj", "src", src)
+        key = self._key(f"broadcast/{src}")
+        if self.rank != src:
+            return self._read("broadcast_obj", key, src, readers=self.world_size - 1)
+        if self.world_size > 1:
+            self.store.set(key, encode(obj))  # type: ignore[arg-type]  # str in torch's stub only
+        return obj
+
+    def all_gather_obj(self, obj: Any) -> list[Any]:
+        """Every rank's obj, in rank order."""
+        return [self.broadcast_obj(obj, src) for src in range(self.world_size)]
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self.all_gather_obj(None)
+
+    def expire_data(self) -> None:
+        """Nothing to do: messages are deleted when they have been read."""
+
+    def close(self) -> None:
+        """Close the group; every rank calls it, after its last message."""
+        fcomm.close(self.group)
+
+    def _key(self, stream: str) -> str:
+        number = self._numbers[stream] = self._numbers.get(stream, -1) + 1
+        return f"objects/{stream}/{number}"
+
+    def _read(self, what: str, key: str, src: int, readers: int) -> Any:
+        timeout_s = live(self.group).timeout_s
+        try:
+            self.store.wait([key], timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            raise CollectiveTimeoutError(
+                f"{what}: nothing arrived from rank {src} of group '{self.group.name}' within {timeout_s} s; "
+                "look for what that rank is doing",
+                op=what, group=self.group.name, rank=self.rank, culprits=(src,),
+            ) from error  # fmt: skip
+        obj = decode(self.store.get(key))
+        if readers == 1 or self.store.add(f"{key}/read", 1) == readers:
+            self.store.delete_key(key)
+            self.store.delete_key(f"{key}/read")
+        return obj
+
+    def _check(self, what: str, option: str, rank: int) -> None:
+        if not 0 <= rank < self.world_size:
+            raise ArgumentError(
+                f"{what}: {option} is {rank!r}, not a rank of group '{self.group.name}' of size {self.world_size}"
+            )
+
+
+def encode(obj: Any) -> bytes:
+    """A value as JSON that decode turns back into an equal value of the same types."""
+    return json.dumps(_tagged(obj)).encode()
+
+
+def decode(frame: bytes) -> Any:
+    """The value that encode was given."""
+    return _untagged(json.loads(frame))
+
+
+# JSON has no bytes, no tuples and no keys but strings: every container says what it is.
+
+
+def _tagged(obj: Any) -> Any:
+    if obj is None or type(obj) in (bool, int, float, str):
+        return obj
+    if type(obj) is bytes:
+        return {"bytes": obj.hex()}
+    if type(obj) is list or type(obj) is tuple:
+        return {type(obj).__name__: [_tagged(v) for v in obj]}
+    if type(obj) is dict:
+        return {"dict": [[_tagged(k), _tagged(v)] for k, v in obj.items()]}
+    raise TypeError(
+        f"a value of type {type(obj).__name__} cannot be sent over the store; send None, bool, int, float, str, bytes, "
+        "or lists, tuples and dicts of them, and tensors by a collective"
+    )
+
+
+def _untagged(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, body),) = value.items()
+    if kind == "bytes":
+        return bytes.fromhex(body)
+    if kind == "dict":
+        return {_untagged(k): _untagged(v) for k, v in body}
+    return (tuple if kind == "tuple" else list)(_untagged(v) for v in body)

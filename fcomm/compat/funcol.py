@@ -1,0 +1,170 @@
+# ruff: noqa: N803  (reduceOp is torch's name)
+"""torch.distributed._functional_collectives: its names, before and after torch 2.13 renamed them, and its signatures.
+
+group is what torch takes: a ProcessGroup, a DeviceMesh, (DeviceMesh, dim), a list of ranks, a group's name; or a Group.
+Every function also takes the keyword backend, by default fcomm.c10d (fcomm.sim on a simulated axis).
+Unlike torch's: results are plain tensors that need no wait; every reduceOp has a derivative, broadcast's reaches the
+source, and vmap, torch.func and forward mode work; permute_tensor takes tensors of any shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+import fcomm
+from fcomm.compat.handles import GroupLike, as_backend, as_group
+from fcomm.errors import ArgumentError
+from fcomm.group import Backend, Group
+
+ReduceOp = str | dist.ReduceOp | dist.ReduceOp.RedOpType
+
+_OPS = {"avg": "mean", "product": "prod"}
+_NAMES = {
+    dist.ReduceOp.SUM: "sum",
+    dist.ReduceOp.AVG: "mean",
+    dist.ReduceOp.PRODUCT: "prod",
+    dist.ReduceOp.MIN: "min",
+    dist.ReduceOp.MAX: "max",
+    dist.ReduceOp.BAND: "band",
+    dist.ReduceOp.BOR: "bor",
+    dist.ReduceOp.BXOR: "bxor",
+}
+
+
+def op_name(op: ReduceOp) -> str:
+    """torch's name or object of a reduction -> fcomm's name."""
+    if isinstance(op, str):
+        return _OPS.get(op.lower(), op.lower())
+    for known, name in _NAMES.items():
+        if op == known:
+            return name
+    raise ArgumentError(f"reduceOp is {op!r}; choose one of {', '.join(_NAMES.values())}")
+
+
+def _handles(group: GroupLike, tag: str, backend: Backend | None) -> tuple[Group, Backend]:
+    g = as_group(group, tag)
+    return g, as_backend(backend, g)
+
+
+def wait_tensor(tensor: Tensor) -> Tensor:
+    """tensor itself: results here are complete."""
+    return tensor
+
+
+def broadcast(self: Tensor, src: int, group: GroupLike, tag: str = "", *, backend: Backend | None = None) -> Tensor:
+    """Every rank gets self of rank src, counted within the group."""
+    return fcomm.broadcast(self, *_handles(group, tag, backend), src=src)
+
+
+def all_reduce(
+    self: Tensor,
+    reduceOp: ReduceOp,
+    group: GroupLike,
+    tag: str = "",
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Fold self over the group; reduceOp "sum", "avg", "product", "min", "max", "band", "bor", "bxor"."""
+    return fcomm.all_reduce(self, *_handles(group, tag, backend), op=op_name(reduceOp))
+
+
+def all_gather_single(
+    self: Tensor, gather_dim: int, group: GroupLike, tag: str = "", *, backend: Backend | None = None
+) -> Tensor:
+    """Concatenate every rank's self along gather_dim; numbers, of no dimension, become a vector."""
+    return fcomm.all_gather(_at_least_1d(self), *_handles(group, tag, backend), dim=gather_dim)
+
+
+def reduce_scatter_single(
+    self: Tensor,
+    reduceOp: ReduceOp,
+    scatter_dim: int,
+    group: GroupLike,
+    tag: str = "",
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Fold self over the group and keep this rank's block of scatter_dim."""
+    return fcomm.reduce_scatter(self, *_handles(group, tag, backend), dim=scatter_dim, op=op_name(reduceOp))
+
+
+def all_reduce_coalesced(
+    self: Sequence[Tensor],
+    reduceOp: ReduceOp,
+    group: GroupLike,
+    tag: str = "",
+    *,
+    backend: Backend | None = None,
+) -> list[Tensor]:
+    """all_reduce of every tensor of a list, one message per dtype."""
+    return fcomm.all_reduce_coalesced(self, *_handles(group, tag, backend), op=op_name(reduceOp))
+
+
+def all_gather_single_coalesced(
+    self: Sequence[Tensor], group: GroupLike, tag: str = "", *, backend: Backend | None = None
+) -> list[Tensor]:
+    """all_gather along dim 0 of every tensor of a list, one message per dtype."""
+    return fcomm.all_gather_coalesced([_at_least_1d(x) for x in self], *_handles(group, tag, backend))
+
+
+def reduce_scatter_single_coalesced(
+    inputs: Sequence[Tensor],
+    reduceOp: ReduceOp,
+    scatter_dim: Sequence[int],
+    group: GroupLike,
+    tag: str = "",
+    *,
+    backend: Backend | None = None,
+) -> list[Tensor]:
+    """reduce_scatter of every tensor of a list, each along its own dim, one message per dtype."""
+    if len(scatter_dim) != len(inputs):
+        raise ArgumentError(
+            f"reduce_scatter_single_coalesced: scatter_dim has {len(scatter_dim)} entries for {len(inputs)} tensors; "
+            "pass one dim for each"
+        )
+    first = [x.movedim(d, 0) for x, d in zip(inputs, scatter_dim, strict=True)]
+    ys = fcomm.reduce_scatter_coalesced(first, *_handles(group, tag, backend), op=op_name(reduceOp))
+    return [y.movedim(0, d) for y, d in zip(ys, scatter_dim, strict=True)]
+
+
+def all_to_all_single(
+    self: Tensor,
+    output_split_sizes: Sequence[int] | None,
+    input_split_sizes: Sequence[int] | None,
+    group: GroupLike,
+    tag: str = "",
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Send input_split_sizes[r] rows to rank r and receive output_split_sizes[r] from it; None: equal blocks."""
+    g, b = _handles(group, tag, backend)
+    if output_split_sizes is None and input_split_sizes is None:
+        return fcomm.all_to_all(self, g, b)
+    equal = [self.shape[0] // g.size] * g.size
+    send = equal if input_split_sizes is None else input_split_sizes
+    if send and isinstance(send[0], Sequence):
+        return fcomm.all_to_all(self, g, b, send_sizes=send)
+    recv = equal if output_split_sizes is None else output_split_sizes
+    return fcomm.all_to_all(self, g, b, send_sizes=send, recv_sizes=recv)
+
+
+def permute_tensor(
+    self: Tensor, src_dst: Sequence[int], group: GroupLike, tag: str = "", *, backend: Backend | None = None
+) -> Tensor:
+    """Rank s sends self to rank src_dst[s]."""
+    return fcomm.ppermute(self, *_handles(group, tag, backend), perm=list(enumerate(src_dst)))
+
+
+def _at_least_1d(x: Tensor) -> Tensor:
+    return x.reshape(1) if x.dim() == 0 else x
+
+
+# Here the plain functions have derivatives, and the names from before torch 2.13 mean the same.
+all_gather_single_autograd = all_gather_tensor = all_gather_tensor_autograd = all_gather_single
+reduce_scatter_single_autograd = reduce_scatter_tensor = reduce_scatter_tensor_autograd = reduce_scatter_single
+all_to_all_single_autograd = all_to_all_single
+all_gather_into_tensor_coalesced = all_gather_single_coalesced
+reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced

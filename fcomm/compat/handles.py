@@ -1,0 +1,130 @@
+"""Others' ways to say who takes part: process groups, device meshes, lists of ranks, names -> Group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from fcomm.backends.c10d import c10d
+from fcomm.backends.stacked import sim
+from fcomm.errors import ArgumentError, GroupClosedError
+from fcomm.group import GROUPS, Backend, Group
+from fcomm.rendezvous import close, from_process_group, live, subgroup
+
+GroupLike = Group | dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, int | str] | list[Any] | str
+_HANDLES = (Group, Backend, dist.ProcessGroup, DeviceMesh)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def as_group(group: GroupLike, tag: str = "") -> Group:
+    """The Group that another project's description of a group means.
+
+    A Group; a ProcessGroup; a 1-D DeviceMesh or (mesh, dim); ranks of the world, [0, 1], or the partition of the world
+    into groups, [[0, 1], [2, 3]]; the name of a Group or of a ProcessGroup. tag tells apart groups of the same ranks.
+    Made at first use and kept; torch.compile sees the result as a constant.
+    Raises ArgumentError if it describes no group of this process.
+    """
+    if isinstance(group, Group):
+        return group
+    if isinstance(group, list):
+        return _of_ranks(tuple(tuple(r) if isinstance(r, Sequence) else r for r in group), tag)
+    if isinstance(group, tuple):
+        if len(group) != 2 or not isinstance(group[0], DeviceMesh):
+            raise ArgumentError(f"group is the tuple {group!r}; the only tuple that means a group is (DeviceMesh, dim)")
+        return _of_mesh(*group)
+    if isinstance(group, DeviceMesh):
+        return _of_mesh(group, None)
+    if isinstance(group, str):
+        return _of_name(group)
+    return _of_process_group(group)
+
+
+def as_backend(backend: Backend | None, group: Group) -> Backend:
+    """backend, or the one that serves any group of its kind: sim for a simulated axis, else c10d."""
+    return backend if backend is not None else sim if group.simulated else c10d
+
+
+def takes_handles(fn: F) -> F:
+    """fn(.., *, group, backend) that also finds the handles among its positional arguments, by their type.
+
+    Others have the group first, last or in the middle; with this one rule their order of arguments stays as it is, and
+    f(x, group, backend) works everywhere. group may be all that as_group takes, as a keyword; backend may be left out.
+    """
+
+    @wraps(fn)
+    def call(*args: Any, group: Any = None, backend: Backend | None = None, **options: Any) -> Any:
+        rest = []
+        for a in args:
+            if isinstance(a, Backend):
+                backend = a
+            elif isinstance(a, _HANDLES):
+                group = a
+            else:
+                rest.append(a)
+        if group is None:
+            raise TypeError(f"{fn.__name__}: no group is given; pass group= and backend=")
+        group = as_group(group)
+        return fn(*rest, group=group, backend=as_backend(backend, group), **options)
+
+    return cast(F, call)
+
+
+def _constant(fn: F) -> F:
+    """torch.compile runs fn while it traces, and takes the result as a constant: a graph knows a group by its name."""
+    return cast(F, torch.compiler.assume_constant_result(fn))
+
+
+@_constant
+def _of_process_group(pg: dist.ProcessGroup) -> Group:
+    name = f"c10d:{pg.group_name}"
+    group = GROUPS.get(name)
+    if group is not None:
+        try:
+            if live(group).process_group is pg:
+                return group
+        except GroupClosedError:
+            pass
+        # A group of that name from before destroy_process_group, or from before a fork.
+        close(group)
+    return from_process_group(pg, name=name)
+
+
+@_constant
+def _of_mesh(mesh: DeviceMesh, dim: int | str | None) -> Group:
+    if dim is None and mesh.ndim != 1:
+        raise ArgumentError(f"group is a DeviceMesh of {mesh.ndim} dimensions; pass (mesh, dim)")
+    return _of_process_group(mesh.get_group(dim))
+
+
+@_constant
+def _of_ranks(ranks: tuple[Any, ...], tag: str) -> Group:
+    world = _of_process_group(cast(dist.ProcessGroup, dist.group.WORLD))
+    if ranks and isinstance(ranks[0], tuple):
+        if len({len(block) for block in ranks}) > 1:
+            raise ArgumentError(f"group is {list(ranks)}; group sizes must be identical")
+        ranks = next((block for block in ranks if world.rank in block), ranks[0])
+    members = tuple(sorted(ranks))
+    if members == world.ranks and not tag:
+        return world
+    name = f"c10d:{tag}{list(members)}"
+    found = GROUPS.get(name)
+    return found if found is not None else subgroup(world, members, name=name)
+
+
+@_constant
+def _of_name(name: str) -> Group:
+    if name in GROUPS:
+        return GROUPS[name]
+    try:
+        # Private: torch has no public way from a group's name to the group, and funcol takes names.
+        return _of_process_group(dist.distributed_c10d._resolve_process_group(name))  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        raise ArgumentError(
+            f"group is '{name}', the name of no Group and of no ProcessGroup of this process"
+        ) from error

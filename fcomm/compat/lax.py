@@ -1,0 +1,285 @@
+"""jax.lax's parallel operators. Where JAX has the axis name, these have the two handles.
+
+    jax.lax.psum(x, "i")                        psum(x, group, backend)
+    jax.lax.all_to_all(x, "i", 0, 1)            all_to_all(x, group, backend, 0, 1)
+
+Names, options and defaults are JAX's (0.10), and so is the meaning; derivatives are those of check_vma=False. x may be
+a pytree of tuples, lists, dicts and None; leaves may be tensors, arrays and Python numbers. psum, pmean, pmax, pmin,
+pvary, axis_index and axis_size also take a sequence of groups, where JAX takes a sequence of names.
+axis_index_groups is refused: make a group of the ranks with fcomm.subgroup or fcomm.split.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fcomm
+from fcomm.errors import ArgumentError
+from fcomm.group import Backend, Group
+
+Tree = Any
+Groups = Group | Sequence[Group]
+_NUMBERS = (bool, int, float, complex)
+
+
+def psum(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: None = None) -> Tree:
+    """Sum over the group. bool counts as int32; a Python number is size times itself, without communication."""
+    _refuse("psum", axis_index_groups)
+
+    def leaf(v: Any) -> Any:
+        if isinstance(v, _NUMBERS):
+            return axis_size(group, backend) * v
+        v = _array(v)
+        v = v.to(torch.int32) if v.dtype == torch.bool else v
+        for g in _groups(group):
+            v = fcomm.all_reduce(v, g, backend)
+        return v
+
+    return _map(leaf, x)
+
+
+def pmean(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: None = None) -> Tree:
+    """Mean over the group. Integers and bool give torch's default float dtype."""
+    _refuse("pmean", axis_index_groups)
+
+    def leaf(v: Any) -> Any:
+        if isinstance(v, _NUMBERS) or not (_array(v).is_floating_point() or _array(v).is_complex()):
+            return psum(v, group, backend) / axis_size(group, backend)
+        v = _array(v)
+        for g in _groups(group):
+            v = fcomm.all_reduce(v, g, backend, op="mean")
+        return v
+
+    return _map(leaf, x)
+
+
+def pmax(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: None = None) -> Tree:
+    """Maximum over the group. Unlike JAX's it has a derivative: ties share the cotangent."""
+    return _extremum("pmax", x, group, backend, "max", axis_index_groups)
+
+
+def pmin(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: None = None) -> Tree:
+    """Minimum over the group. Unlike JAX's it has a derivative: ties share the cotangent."""
+    return _extremum("pmin", x, group, backend, "min", axis_index_groups)
+
+
+def _extremum(name: str, x: Tree, group: Groups, backend: Backend, op: str, axis_index_groups: None) -> Tree:
+    _refuse(name, axis_index_groups)
+
+    def leaf(v: Any) -> Any:
+        if isinstance(v, _NUMBERS):
+            return v
+        v = _array(v)
+        for g in _groups(group):
+            v = fcomm.all_reduce(v, g, backend, op=op)
+        return v
+
+    return _map(leaf, x)
+
+
+def pargmax(x: Tree, group: Group, backend: Backend) -> Tree:
+    """The first rank, in group order, that holds the maximum, elementwise."""
+    return _map(lambda v: _rank_of(_array(v), pmax(_array(v), group, backend), group, backend), x)
+
+
+def pargmin(x: Tree, group: Group, backend: Backend) -> Tree:
+    """The first rank, in group order, that holds the minimum, elementwise."""
+    return _map(lambda v: _rank_of(_array(v), pmin(_array(v), group, backend), group, backend), x)
+
+
+def _rank_of(x: Tensor, y: Tensor, group: Group, backend: Backend) -> Tensor:
+    index = fcomm.axis_index(group, backend).to(x.device)
+    nowhere = torch.iinfo(index.dtype).max
+    return fcomm.all_reduce(torch.where(x == y, index, nowhere), group, backend, op="min")
+
+
+def all_gather(
+    x: Tree,
+    group: Group,
+    backend: Backend,
+    *,
+    axis_index_groups: None = None,
+    axis: int = 0,
+    tiled: bool = False,
+    to: str = "varying",
+) -> Tree:
+    """Stack every rank's x on a new axis; tiled: concatenate along axis. to="invarying": all_gather_invariant."""
+    _refuse("all_gather", axis_index_groups)
+    if to not in ("varying", "reduced", "invarying"):
+        raise ArgumentError(f"all_gather: to is {to!r}; choose one of varying, reduced, invarying")
+
+    def leaf(v: Any) -> Tensor:
+        v = _array(v)
+        if to != "invarying":
+            return fcomm.all_gather(v, group, backend, dim=axis, tiled=tiled)
+        return fcomm.all_gather_invariant(v if tiled else v.unsqueeze(axis), group, backend, dim=axis)
+
+    return _map(leaf, x)
+
+
+def psum_scatter(
+    x: Tree,
+    group: Group,
+    backend: Backend,
+    *,
+    scatter_dimension: int = 0,
+    axis_index_groups: None = None,
+    tiled: bool = False,
+) -> Tree:
+    """Sum over the group and keep this rank's row; tiled: this rank's block of scatter_dimension."""
+    _refuse("psum_scatter", axis_index_groups)
+
+    def leaf(v: Any) -> Tensor:
+        return fcomm.reduce_scatter(_array(v), group, backend, dim=scatter_dimension, tiled=tiled)
+
+    return _map(leaf, x)
+
+
+def all_to_all(
+    x: Tree,
+    group: Group,
+    backend: Backend,
+    split_axis: int,
+    concat_axis: int,
+    *,
+    axis_index_groups: None = None,
+    tiled: bool = False,
+) -> Tree:
+    """Row r of split_axis goes to rank r; the rows received are stacked on concat_axis. tiled: blocks, concatenated."""
+    _refuse("all_to_all", axis_index_groups)
+
+    def leaf(v: Any) -> Tensor:
+        return fcomm.all_to_all(
+            _array(v), group, backend, split_dim=split_axis, concat_dim=concat_axis, tiled=tiled
+        )  # fmt: skip
+
+    return _map(leaf, x)
+
+
+def ragged_all_to_all(
+    operand: Tensor,
+    output: Tensor,
+    input_offsets: Tensor,
+    send_sizes: Tensor,
+    output_offsets: Tensor,
+    recv_sizes: Tensor,
+    group: Group,
+    backend: Backend,
+    *,
+    axis_index_groups: None = None,
+) -> Tensor:
+    """Slices of operand's rows into slices of the receivers' outputs; k * size offsets are k slices for each rank."""
+    _refuse("ragged_all_to_all", axis_index_groups)
+    columns: list[tuple[Tensor, ...]] = []
+    for name, v in (
+        ("input_offsets", input_offsets),
+        ("send_sizes", send_sizes),
+        ("output_offsets", output_offsets),
+        ("recv_sizes", recv_sizes),
+    ):
+        if v.dim() != 1 or v.shape[0] < 1 or v.shape[0] % group.size:
+            raise ArgumentError(
+                f"ragged_all_to_all: {name} has shape {tuple(v.shape)}; group '{group.name}' of size {group.size} "
+                "needs one number for each slice, the same count for every rank"
+            )
+        columns.append(v.reshape(group.size, -1).unbind(1))
+    for starts, sends, lands, recvs in zip(*columns, strict=True):
+        output = fcomm.ragged_all_to_all(operand, output, starts, sends, lands, recvs, group, backend)
+    return output
+
+
+def ppermute(x: Tree, group: Group, backend: Backend, perm: Sequence[tuple[int, int]]) -> Tree:
+    """Send x along the (source, destination) pairs of perm; a rank that is no destination gets zeros."""
+    return _map(lambda v: fcomm.ppermute(_array(v), group, backend, perm=perm), x)
+
+
+def pshuffle(x: Tree, group: Group, backend: Backend, perm: Sequence[int]) -> Tree:
+    """Rank i gets x of rank perm[i]."""
+    if set(perm) != set(range(len(perm))):
+        raise ArgumentError(f"pshuffle: `perm` does not represent a permutation: {list(perm)}; name each rank once")
+    return ppermute(x, group, backend, list(zip(perm, range(len(perm)), strict=True)))
+
+
+def pswapaxes(x: Tree, group: Group, backend: Backend, axis: int, *, axis_index_groups: None = None) -> Tree:
+    """Swap the ranks with an axis of their number: all_to_all(x, .., axis, axis)."""
+    return all_to_all(x, group, backend, axis, axis, axis_index_groups=axis_index_groups)
+
+
+def pbroadcast(x: Tree, group: Group, backend: Backend, source: int) -> Tree:
+    """Every rank gets x of rank source."""
+    return _map(lambda v: fcomm.broadcast(_array(v), group, backend, src=source), x)
+
+
+def pvary(x: Tree, group: Groups, backend: Backend) -> Tree:
+    """A replicated value enters per-rank use: the identity, whose cotangents add up."""
+
+    def leaf(v: Any) -> Tensor:
+        v = _array(v)
+        for g in _groups(group):
+            v = fcomm.pvary(v, g, backend)
+        return v
+
+    return _map(leaf, x)
+
+
+def pcast(x: Tree, group: Groups, backend: Backend, *, to: str) -> Tree:
+    """pvary, for to="varying"; the other casts of JAX are between types that fcomm does not track."""
+    if to != "varying":
+        raise ArgumentError(f"pcast: to is {to!r}; only 'varying' has a meaning here")
+    return pvary(x, group, backend)
+
+
+def axis_index(group: Groups, backend: Backend) -> Tensor:
+    """This rank's number, an int64 tensor; over several groups it counts row by row, the last group fastest."""
+    first, *rest = _groups(group)
+    index: Tensor = fcomm.axis_index(first, backend)
+    for g in rest:
+        index = index * g.size + fcomm.axis_index(g, backend)
+    return index
+
+
+def axis_size(group: Groups, backend: Backend) -> int:
+    """Number of ranks, an int; over several groups their product."""
+    size = 1
+    for g in _groups(group):
+        size *= g.size
+    return size
+
+
+# --- private ------------------------------------------------------------------------------------------------------
+
+
+def _groups(group: Groups) -> tuple[Group, ...]:
+    return (group,) if isinstance(group, Group) else tuple(group)
+
+
+def _array(v: Any) -> Tensor:
+    return v if isinstance(v, Tensor) else torch.as_tensor(v)
+
+
+def _refuse(name: str, axis_index_groups: object) -> None:
+    if axis_index_groups is not None:
+        raise ArgumentError(
+            f"{name}: axis_index_groups is {axis_index_groups!r}; make a group of those ranks instead, with "
+            "fcomm.subgroup or fcomm.split"
+        )
+
+
+def _map(fn: Callable[[Any], Any], tree: Tree) -> Tree:
+    """fn of every leaf, in a tree of the same shape."""
+    if tree is None:
+        return None
+    if isinstance(tree, OrderedDict):
+        return OrderedDict((k, _map(fn, v)) for k, v in tree.items())
+    if isinstance(tree, dict):
+        return {k: _map(fn, v) for k, v in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*[_map(fn, v) for v in tree])
+    if isinstance(tree, tuple | list):
+        return type(tree)([_map(fn, v) for v in tree])
+    return fn(tree)
