@@ -2,46 +2,62 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing as mp
 import os
 import pickle
 import signal
-import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from fcomm.errors import CollectiveTimeoutError, FcommError
+from fcomm.bootstrap import loopback_store
+from fcomm.errors import CollectiveTimeoutError, FcommError, GroupPoisonedError, PeerDiedError
 from fcomm.rendezvous import close, init
 
 # After the first failure the other ranks get this long to fail by themselves, so that their errors can be shown too.
 _GRACE_S = 2.0
+# Exit code of a rank that was started while it read the script that starts it.
+_UNGUARDED = 113
+# Errors that another rank's error brings about.
+_CONSEQUENCES = (CollectiveTimeoutError.__name__, PeerDiedError.__name__, GroupPoisonedError.__name__)
+
+_in_rank = False
+
+
+class _Failure(NamedTuple):
+    kind: str
+    summary: str
+    text: str
 
 
 def run(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """Call fn(world, *args) in `size` processes on this machine; their results, in rank order.
 
-    fn and args are pickled, so fn is a module-level function; results come back by value. Every process has the
-    environment that torchrun would give it, and one torch thread unless OMP_NUM_THREADS says otherwise.
+    fn, args and results are pickled, so fn is a function of a module or script, not a lambda; tensors go by value. A
+    script that calls run does so under `if __name__ == "__main__":`. Every process has this one's environment and what
+    torchrun would add to it, and one torch thread unless OMP_NUM_THREADS says otherwise. The world's deadline is nine
+    tenths of timeout_s, so that a collective which waits in vain can still say so.
 
     Raises FcommError with the first failing rank's own traceback, CollectiveTimeoutError after timeout_s seconds;
-    in both cases every process that was started is gone when it raises.
+    in both cases, and on KeyboardInterrupt, every process that was started is gone when it raises.
     """
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise FcommError(f"run: size is {size!r}; pass a positive int")
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    store = dist.TCPStore(
-        "127.0.0.1", port, None, True, timedelta(seconds=timeout_s), False, master_listen_fd=listener.detach()
-    )
-    # A clean server process imports torch once and forks a rank in milliseconds; forking this one would copy its threads.
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
+        raise FcommError(f"run: timeout_s is {timeout_s!r}; pass a positive, finite number of seconds")
+    if mp.current_process().name.startswith("fcomm-rank-") and not _in_rank:
+        # This process reads the script to find fn in it. Starting ranks here would start ranks without end.
+        os._exit(_UNGUARDED)
+    call = _pickled(fn, args)
+    store, port = loopback_store(timeout_s)
+    # A clean server process imports torch once and forks ranks in milliseconds; forking this one would copy its threads.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["fcomm.launch"])
     processes: list[ForkServerProcess] = []
@@ -50,7 +66,9 @@ def run(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0)
         for rank in range(size):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(fn, args, rank, size, port, timeout_s, theirs), name=f"fcomm-rank-{rank}"
+                target=_rank_main,
+                args=(call, _environment(rank, size, port), timeout_s, theirs),
+                name=f"fcomm-rank-{rank}",
             )
             process.start()
             theirs.close()
@@ -68,36 +86,68 @@ def run(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0)
         del store
 
 
-def _rank_main(
-    fn: Callable[..., Any], args: tuple[Any, ...], rank: int, size: int, port: int, timeout_s: float, pipe: Connection
-) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(size),
-        LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-    )
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    """The call as bytes, or an error before anything is started."""
+    name = getattr(fn, "__qualname__", repr(fn))
+    if not callable(fn):
+        raise TypeError(f"run: fn is {fn!r}; pass a function fn(world, *args)")
+    main = sys.modules["__main__"]
+    if getattr(fn, "__module__", None) == "__main__" and not os.path.isfile(getattr(main, "__file__", None) or ""):
+        raise FcommError(f"run: {name} is not in a file, where the ranks could import it; put it into a module")
     try:
-        world = init(timeout_s=timeout_s)
-        outcome = (True, fn(world, *args))
+        return pickle.dumps((fn, args))
+    except Exception as error:
+        raise FcommError(
+            f"run: {name} or its arguments cannot be pickled ({error}); "
+            "pass a function defined at the top of a module, and what it closes over as arguments"
+        ) from error
+
+
+def _environment(rank: int, size: int, port: int) -> dict[str, str]:
+    # The forkserver keeps the environment that it was started with, so the present one goes along.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
+    return inherited | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _rank_main(call: bytes, environment: dict[str, str], timeout_s: float, pipe: Connection) -> None:
+    global _in_rank  # noqa: PLW0603  a process is a rank from here on
+    _in_rank = True
+    _die_with_parent()
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    try:
+        fn, args = pickle.loads(call)
+        world = init(timeout_s=0.9 * timeout_s)
+        result = fn(world, *args)
         close()
-        # By value: torch would otherwise share storages that die with this process.
-        message = pickle.dumps(outcome)
+        # By value: torch's own pickler for processes shares storages, which die with this one.
+        message = pickle.dumps((True, result))
     except BaseException as error:
-        message = pickle.dumps((False, (f"{type(error).__name__}: {error}", traceback.format_exc())))
+        summary = f"{type(error).__name__}: {error}"
+        message = pickle.dumps((False, _Failure(type(error).__name__, summary, traceback.format_exc())))
     pipe.send_bytes(message)
     pipe.close()
+
+
+def _die_with_parent() -> None:
+    # A killed parent cannot kill its ranks. The forkserver, whose child this is, ends with it: let this end with that.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 def _collect(processes: list[ForkServerProcess], pipes: list[Connection], timeout_s: float) -> list[Any]:
     deadline = time.monotonic() + timeout_s
     results: dict[int, Any] = {}
-    failures: dict[int, tuple[str, str]] = {}
+    failures: dict[int, _Failure] = {}
     open_ranks = set(range(len(pipes)))
     while open_ranks:
         limit = deadline - time.monotonic()
@@ -111,9 +161,10 @@ def _collect(processes: list[ForkServerProcess], pipes: list[Connection], timeou
         if failures:
             deadline = min(deadline, time.monotonic() + _GRACE_S)
     if failures:
-        rank = next(iter(failures))
-        others = "".join(f"\nrank {r}: {failures[r][0]}" for r in list(failures)[1:])
-        raise FcommError(f"run: rank {rank} of {len(pipes)} failed:\n{failures[rank][1]}{others}")
+        causes = [r for r, failure in failures.items() if failure.kind not in _CONSEQUENCES]
+        rank = [*causes, *failures][0]
+        others = "".join(f"\nrank {r}: {failure.summary}" for r, failure in failures.items() if r != rank)
+        raise FcommError(f"run: rank {rank} of {len(pipes)} failed:\n{failures[rank].text}{others}")
     if open_ranks:
         raise CollectiveTimeoutError(
             f"run: ranks {sorted(open_ranks)} of {len(pipes)} did not finish within {timeout_s} s and were killed; "
@@ -129,5 +180,10 @@ def _receive(process: ForkServerProcess, pipe: Connection) -> tuple[bool, Any]:
     except EOFError:
         process.join(_GRACE_S)
         code = process.exitcode
+        if code == _UNGUARDED:
+            raise FcommError(
+                "run: the script calls fcomm.run while its ranks import it; put the call under "
+                '`if __name__ == "__main__":`'
+            ) from None
         cause = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-        return False, (cause, f"the process ended without a result: {cause}")
+        return False, _Failure("", cause, f"the process ended without a result: {cause}")

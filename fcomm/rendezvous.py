@@ -6,20 +6,20 @@ and dropped by close(). Creating a subgroup communicates nothing: its communicat
 
 from __future__ import annotations
 
-import hashlib
+import atexit
+import ctypes
 import math
 import os
-import re
-import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from fcomm.errors import FcommError, GroupClosedError, RendezvousError
+from fcomm.bootstrap import Place, digest, join, launcher_place
+from fcomm.errors import FcommError, GroupClosedError
 from fcomm.group import GROUPS, Group, register_group
 
 T = TypeVar("T")
@@ -34,13 +34,17 @@ class Live:
     store: carries this group's bootstrap messages, under a prefix that no other group or earlier epoch shares.
     timeout_s: deadline of every blocking call on the group.
     process_group: the caller's own torch.distributed group, where the group was made from one; never closed here.
+    identities: of the ranks' processes, as in fcomm/processes.py; empty where they are not known.
     """
 
     group: Group
     store: dist.Store
     timeout_s: float
     process_group: dist.ProcessGroup | None = None
+    identities: tuple[str, ...] = ()
     pid: int = field(default_factory=os.getpid)
+    # How often each subgroup was made: every member makes it equally often, so their counts agree.
+    epochs: dict[str, int] = field(default_factory=dict)
     _communicators: dict[str, tuple[Any, Callable[[Any], None]]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -63,6 +67,15 @@ class Live:
 
 _LIVE: dict[str, Live] = {}
 _EPOCHS: dict[str, int] = {}
+
+
+def _keep_what_the_parent_owns() -> None:
+    """In a forked child: its destructors would wait for threads that only the parent has. So they never run."""
+    for record in _LIVE.values():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(record))
+
+
+os.register_at_fork(after_in_child=_keep_what_the_parent_owns)
 
 
 def live(group: Group) -> Live:
@@ -90,17 +103,32 @@ def live(group: Group) -> Live:
 def close(group: Group | None = None) -> None:
     """Close a group's communicators and forget it; without argument, every group of this process. Idempotent.
 
-    Every rank of the group calls it, after the last collective on the group.
+    Every rank of the group calls it, after the last collective on the group. At exit, what is open is closed.
     """
-    names = [group.name] if group is not None else list(_LIVE)[::-1]
-    for name in names:
-        record = _LIVE.get(name)
-        if record is None or (group is not None and record.group != group):
+    if group is not None and not isinstance(group, Group):
+        raise TypeError(f"close: group is {group!r}; pass a Group, or nothing to close all of this process")
+    problem: Exception | None = None
+    for record in list(_LIVE.values())[::-1]:
+        if group is not None and record.group != group:
             continue
-        del _LIVE[name]
-        GROUPS.pop(name, None)
+        _LIVE.pop(record.group.name, None)
+        GROUPS.pop(record.group.name, None)
         if record.pid == os.getpid():
-            record.close_communicators()
+            try:
+                record.close_communicators()
+            except Exception as error:
+                problem = problem or error
+    if problem is not None:
+        raise problem
+
+
+def _close_at_exit() -> None:
+    # Peers may be gone by now; an error here would hide the one that ends the process.
+    with suppress(Exception):
+        close()
+
+
+atexit.register(_close_at_exit)
 
 
 # --- groups from nothing ------------------------------------------------------------------------------------------
@@ -122,14 +150,13 @@ def init(*, name: str = "world", timeout_s: float = DEFAULT_TIMEOUT_S) -> Group:
         return found.group
     if dist.is_available() and dist.is_initialized():
         return from_process_group(dist.group.WORLD, name=name, timeout_s=timeout_s)
-    place = _launcher(os.environ)
+    place = launcher_place(os.environ)
     if place is None or place.size == 1:
         return _register(Group(name, (0,), 0), dist.HashStore(), timeout_s)
-    store = _tcp_store(place, timeout_s)
+    # torchrun restarts ranks in place, with the store of the attempt before.
     run = os.environ.get("TORCHELASTIC_RUN_ID", "") + "." + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    store = dist.PrefixStore(f"fcomm/{run}/{name}", store)
-    _meet(store, name, place, timeout_s)
-    return _register(Group(name, tuple(range(place.size)), place.rank), store, timeout_s)
+    store, identities = join(place, _epoch(f"fcomm/{run}/{name}", _EPOCHS), name, timeout_s)
+    return _register(Group(name, tuple(range(place.size)), place.rank), store, timeout_s, identities=identities)
 
 
 def stateless_group(
@@ -140,13 +167,17 @@ def stateless_group(
     Raises RendezvousError naming the missing, duplicate or disagreeing ranks after timeout_s seconds.
     """
     timeout_s = _check_timeout("stateless_group", timeout_s)
+    for option, value in (("port", port), ("rank", rank), ("size", size)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise FcommError(f"stateless_group: {option} of '{name}' is {value!r}; pass an int")
     if not 0 <= rank < size:
-        raise FcommError(f"stateless_group: rank is {rank}, not in 0 .. {size - 1}; pass this process's own rank")
+        raise FcommError(
+            f"stateless_group: rank of '{name}' is {rank}, not in 0 .. {size - 1}; pass this process's own rank"
+        )
     _check_free("stateless_group", name)
-    place = _Place(rank, size, host, port, serve=rank == 0)
-    store = dist.PrefixStore(f"fcomm/stateless/{name}", _tcp_store(place, timeout_s))
-    _meet(store, name, place, timeout_s)
-    return _register(Group(name, tuple(range(size)), rank), store, timeout_s)
+    place = Place("stateless_group", rank, size, host, port, serve=rank == 0)
+    store, identities = join(place, _epoch(f"fcomm/stateless/{name}", _EPOCHS), name, timeout_s)
+    return _register(Group(name, tuple(range(size)), rank), store, timeout_s, identities=identities)
 
 
 # --- groups from torch.distributed --------------------------------------------------------------------------------
@@ -171,7 +202,8 @@ def from_process_group(
         )
     ranks = tuple(dist.get_process_group_ranks(pg))
     _check_free("from_process_group", name)
-    store = dist.PrefixStore(_epoch(f"fcomm/pg/{name}/{_digest(ranks)}"), pg.get_group_store())
+    prefix = f"fcomm/pg/{pg.group_name}/{name}/{digest(ranks)}"
+    store = dist.PrefixStore(_epoch(prefix, _EPOCHS), pg.get_group_store())
     return _register(Group(name, ranks, pg.rank()), store, timeout_s, pg)
 
 
@@ -201,9 +233,10 @@ def subgroup(parent: Group, ranks: Sequence[int], *, name: str, timeout_s: float
     Every rank of parent may call it; where this process is not among ranks, the result's rank is None and a collective
     on it raises FcommError. Raises FcommError on empty, repeated or out-of-range ranks.
     """
+    _check_parent("subgroup", parent)
     members = tuple(ranks)
     for r in members:
-        if not isinstance(r, int) or not 0 <= r < parent.size:
+        if not isinstance(r, int) or isinstance(r, bool) or not 0 <= r < parent.size:
             raise FcommError(f"subgroup: rank {r!r} of '{name}' is not in group '{parent.name}' of size {parent.size}")
     if not members or len(set(members)) != len(members):
         raise FcommError(f"subgroup: ranks of '{name}' are {list(members)}; pass each member once, at least one")
@@ -214,15 +247,20 @@ def subgroup(parent: Group, ranks: Sequence[int], *, name: str, timeout_s: float
     world_ranks = tuple(parent.ranks[r] for r in members)
     if parent.rank not in members:
         return Group(name, world_ranks, None)
-    store = dist.PrefixStore(_epoch(f"{name}/{_digest(world_ranks)}", owner), owner.store)
+    store = dist.PrefixStore(_epoch(f"{name}/{digest(world_ranks)}", owner.epochs), owner.store)
     group = Group(name, world_ranks, members.index(parent.rank))
-    return _register(group, store, owner.timeout_s if timeout_s is None else _check_timeout("subgroup", timeout_s))
+    timeout_s = owner.timeout_s if timeout_s is None else _check_timeout("subgroup", timeout_s)
+    identities = tuple(owner.identities[r] for r in members) if owner.identities else ()
+    return _register(group, store, timeout_s, identities=identities)
 
 
 def split(parent: Group, size: int, *, name: str) -> Group:
     """This process's block when parent is cut into consecutive blocks of `size` ranks; all blocks share the name."""
-    if not isinstance(size, int) or size < 1 or parent.size % size:
-        raise FcommError(f"split: '{parent.name}' has {parent.size} ranks, not divisible into blocks of {size!r}")
+    _check_parent("split", parent)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1 or parent.size % size:
+        raise FcommError(
+            f"split: size is {size!r}, group '{parent.name}' has {parent.size} ranks; pass a divisor of {parent.size}"
+        )
     if parent.rank is None:
         live(parent)
     first = (parent.rank or 0) // size * size
@@ -234,8 +272,13 @@ def mesh(parent: Group, **sizes: int) -> dict[str, Group]:
 
     mesh(world, dp=2, tp=4): rank 5 is dp 1, tp 1; its "tp" is ranks 4..7, its "dp" ranks 1 and 5.
     """
-    if math.prod(sizes.values()) != parent.size or not sizes:
-        raise FcommError(f"mesh: {sizes} has {math.prod(sizes.values())} places, '{parent.name}' {parent.size} ranks")
+    _check_parent("mesh", parent)
+    wrong = [f"{name}={size!r}" for name, size in sizes.items() if type(size) is not int or size < 1]
+    if wrong or math.prod(sizes.values()) != parent.size or not sizes:
+        raise FcommError(
+            f"mesh: the sizes are {sizes}, group '{parent.name}' has {parent.size} ranks; "
+            f"pass positive ints whose product is {parent.size}"
+        )
     live(parent)
     groups, stride = {}, parent.size
     for name, size in sizes.items():
@@ -249,106 +292,26 @@ def mesh(parent: Group, **sizes: int) -> dict[str, Group]:
 # --- private ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the launcher put this process. serve: this process serves the store."""
-
-    rank: int
-    size: int
-    host: str
-    port: int
-    serve: bool
-
-
-def _launcher(env: Mapping[str, str]) -> _Place | None:
-    """The place that a launcher's environment states, or None without a launcher."""
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size, job = int(env["RANK"]), int(env["WORLD_SIZE"]), "torchrun"
-    elif "OMPI_COMM_WORLD_RANK" in env:
-        rank, size = int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"])
-        job = env.get("PMIX_NAMESPACE", env.get("OMPI_MCA_ess_base_jobid", "ompi"))
-    elif "PMI_RANK" in env:
-        rank, size, job = int(env["PMI_RANK"]), int(env["PMI_SIZE"]), env.get("PMI_JOBID", env.get("PMI_FD", "pmi"))
-    elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
-        rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-        job = env.get("SLURM_JOB_ID", "slurm") + "." + env.get("SLURM_STEP_ID", "")
-    else:
-        return None
-    if not 0 <= rank < size:
-        raise RendezvousError(f"init: the launcher's environment says rank {rank} of {size}; unset it or correct it")
-    host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
-    port = int(env.get("MASTER_PORT") or 20000 + int(_digest((job,)), 16) % 20000)
-    # Under torchrun the agent serves the store and every rank is a client.
-    agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return _Place(rank, size, host, port, serve=rank == 0 and not agent)
-
-
-def _first_host(nodes: str) -> str:
-    """First host of a Slurm node list, "node[03-05,9],gpu1" -> "node03"; loopback when there is none."""
-    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
-    return found[1] + (found[2] or "") if found else "127.0.0.1"
-
-
-def _tcp_store(place: _Place, timeout_s: float) -> dist.Store:
-    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s), "wait_for_workers": False}
-    listener = None
-    if place.serve and place.host in ("127.0.0.1", "localhost"):
-        # Asked for loopback, TCPStore still listens on every interface; hand it a socket that does not.
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", place.port))
-        except OSError as error:
-            raise RendezvousError(
-                f"init: port {place.port} on {place.host} is taken ({error.strerror}); set MASTER_PORT to a free port"
-            ) from error
-        listener.listen(max(128, place.size))
-        options["master_listen_fd"] = listener.detach()
-    try:
-        return dist.TCPStore(place.host, place.port, None, place.serve, **options)
-    except (RuntimeError, OSError) as error:
-        raise RendezvousError(
-            f"init: rank {place.rank} of {place.size} got no store at {place.host}:{place.port} within {timeout_s} s; "
-            f"check MASTER_ADDR, MASTER_PORT and that rank 0 runs ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _meet(store: dist.Store, name: str, place: _Place, timeout_s: float) -> None:
-    """Every rank reports once and waits for the others, so that a wrong launch is named here and not in a collective."""
-    if store.add(f"rank/{place.rank}", 1) > 1:
-        raise RendezvousError(
-            f"init: rank {place.rank} of '{name}' joined twice at {place.host}:{place.port}; "
-            "give each process its own rank, or a fresh MASTER_PORT to each run"
-        )
-    store.set(f"claim/{place.rank}", str(place.size))
-    keys = [f"claim/{r}" for r in range(place.size)]
-    try:
-        store.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        missing = [r for r, key in enumerate(keys) if not store.check([key])]
-        raise RendezvousError(
-            f"init: of {place.size} ranks of '{name}', ranks {missing} did not arrive within {timeout_s} s; "
-            "look at their logs, or raise timeout_s"
-        ) from error
-    claims = {r: int(store.get(key)) for r, key in enumerate(keys)}
-    if set(claims.values()) != {place.size}:
-        raise RendezvousError(f"init: the ranks of '{name}' disagree on its size: {claims}; start all with one size")
-
-
-def _register(group: Group, store: dist.Store, timeout_s: float, pg: dist.ProcessGroup | None = None) -> Group:
-    _LIVE[group.name] = Live(group, store, timeout_s, pg)
+def _register(
+    group: Group,
+    store: dist.Store,
+    timeout_s: float,
+    pg: dist.ProcessGroup | None = None,
+    identities: tuple[str, ...] = (),
+) -> Group:
+    _LIVE[group.name] = Live(group, store, timeout_s, pg, identities)
     return register_group(group)
 
 
-def _epoch(prefix: str, owner: Live | None = None) -> str:
+def _epoch(prefix: str, epochs: dict[str, int]) -> str:
     """prefix with a count of its earlier uses, so that a group made again does not read its predecessor's messages."""
-    key = f"{owner.group.name if owner else ''}:{id(owner)}:{prefix}"
-    _EPOCHS[key] = _EPOCHS.get(key, -1) + 1
-    return f"{prefix}/{_EPOCHS[key]}"
+    epochs[prefix] = epochs.get(prefix, -1) + 1
+    return f"{prefix}/{epochs[prefix]}"
 
 
-def _digest(parts: Sequence[object]) -> str:
-    return hashlib.sha256(repr(tuple(parts)).encode()).hexdigest()[:12]
+def _check_parent(function: str, parent: Group) -> None:
+    if not isinstance(parent, Group):
+        raise TypeError(f"{function}: parent is {parent!r}; pass a Group, from fcomm.init, fcomm.split, ...")
 
 
 def _check_free(function: str, name: str) -> None:

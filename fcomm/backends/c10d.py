@@ -2,14 +2,16 @@
 
 Everything moves as bytes, so every dtype does, and what moves goes through one exchange. torch.distributed reduces only
 what it reduces as fcomm/arithmetic.py says (59 of 136 pairs of dtype and op on gloo, not NaN in max, half types rounded
-at every step); the rest is an exchange of blocks, a fold in rank order, and an exchange back: the same traffic.
+at every step, floats of three ranks in ring order); the rest is an exchange of blocks, a fold in rank order, and an
+exchange back: the same traffic.
+
+Ranks that differ in sizes raise MismatchError. Other differences between the ranks' calls gloo does not see (it crosses
+them, aborts, or waits); FCOMM_CHECK=1 compares every call over the ranks first, at the price of a small all_gather.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -18,61 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fcomm.arithmetic import fold
+from fcomm.backends.processgroup import Communicator, call, calling, compare_calls
 from fcomm.collectives.exchange import pairs
-from fcomm.errors import BackendError, CollectiveTimeoutError, MismatchError, PeerDiedError
-from fcomm.group import Backend, Group, register_backend
-from fcomm.rendezvous import live
-
-
-@dataclass
-class _Communicator:
-    """A process group, and the sends that may still be on their way with the tensors they read."""
-
-    pg: Any
-    owned: bool
-    sending: list[tuple[Any, Tensor]] = field(default_factory=list)
-
-
-def _open(group: Group, device: str) -> _Communicator:
-    owner = live(group)
-    if owner.process_group is not None:
-        return _Communicator(owner.process_group, owned=False)
-    rank, timeout = group.rank or 0, timedelta(seconds=owner.timeout_s)
-    store = dist.PrefixStore(f"c10d/{device}", owner.store)
-    if device == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
-        return _Communicator(dist.ProcessGroupNCCL(store, rank, group.size, options), owned=True)
-    return _Communicator(dist.ProcessGroupGloo(store, rank, group.size, timeout), owned=True)
-
-
-def _close(communicator: _Communicator) -> None:
-    for work, _ in communicator.sending:
-        work.wait()
-    if communicator.owned:
-        communicator.pg.shutdown()
-
-
-def _communicator(group: Group, x: Tensor) -> _Communicator:
-    device = x.device.type
-    found = live(group).communicator(f"c10d/{device}", lambda: _open(group, device), _close)
-    if found.sending:
-        found.sending = [(work, sent) for work, sent in found.sending if not work.is_completed()]
-    return found
-
-
-def _wait(name: str, group: Group, start: Callable[[], Any]) -> None:
-    """Start a torch.distributed call and wait for it; its errors become this package's."""
-    try:
-        start().wait()
-    except RuntimeError as error:
-        text = str(error).splitlines()[0][:200]
-        where = f"{name}: on group '{group.name}' of size {group.size}, torch.distributed says: {text}"
-        if "imed out" in text or "imeout" in text:
-            raise CollectiveTimeoutError(f"{where}; look for a rank that did not call {name}") from error
-        if "onnection" in text or "reset by peer" in text:
-            raise PeerDiedError(f"{where}; a rank ended, look at the other ranks' logs") from error
-        raise BackendError(where) from error
-
+from fcomm.errors import MismatchError
+from fcomm.group import Backend, register_backend
 
 # --- movement -----------------------------------------------------------------------------------------------------
 
@@ -81,46 +32,48 @@ def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _exchange(name: str, group: Group, x: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
+def _exchange(on: Communicator, x: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
     """Send the first sends[0] elements of flat x to rank 0, the next sends[1] to rank 1, ...; recvs[r] come from r."""
     y = x.new_empty(sum(recvs))
     width = x.element_size()
     options = dist.AllToAllOptions()
-    pg = _communicator(group, x).pg
     splits = [d * width for d in recvs], [d * width for d in sends]
     if sum(sends) or sum(recvs):
-        _wait(name, group, lambda: pg.alltoall_base(_bytes(y), _bytes(x), *splits, options))
+        call(on, lambda pg: pg.alltoall_base(_bytes(y), _bytes(x), *splits, options))
     return y
 
 
-def _exchange_rows(name: str, group: Group, x: Tensor) -> Tensor:
+def _exchange_rows(on: Communicator, x: Tensor) -> Tensor:
     """x is [n, ..]: row r goes to rank r, and row r of the result comes from it."""
-    each = [x[0].numel()] * group.size
-    return _exchange(name, group, x.reshape(-1), each, each).reshape(x.shape)
+    each = [x[0].numel()] * on.size
+    return _exchange(on, x.reshape(-1), each, each).reshape(x.shape)
 
 
-def _gather_rows(name: str, group: Group, x: Tensor) -> Tensor:
+def _gather_rows(on: Communicator, x: Tensor) -> Tensor:
     """[n, *x.shape]: every rank's x."""
-    y = x.new_empty((group.size, *x.shape))
+    y = x.new_empty((on.size, *x.shape))
     if x.numel():
         rows = [_bytes(row) for row in y.unbind(0)]
-        pg = _communicator(group, x).pg
-        _wait(name, group, lambda: pg.allgather([rows], [_bytes(x)]))
+        call(on, lambda pg: pg.allgather([rows], [_bytes(x)]))
     return y
 
 
-def _agree(name: str, group: Group, x: Tensor, numbers: Sequence[int]) -> list[list[int]]:
+def _agree(on: Communicator, x: Tensor, numbers: Sequence[int]) -> list[list[int]]:
     """What each rank says, so that ranks that disagree all raise instead of waiting for bytes that never come."""
     mine = torch.tensor(list(numbers), dtype=torch.int64, device=x.device)
-    return _gather_rows(name, group, mine).tolist()  # type: ignore[no-any-return]
+    said: list[list[int]] = _gather_rows(on, mine).tolist()
+    return said
 
 
-def _agree_on(name: str, option: str, group: Group, x: Tensor, sizes: Sequence[int]) -> None:
-    said = _agree(name, group, x, sizes)
+def _agree_on(on: Communicator, option: str, x: Tensor, sizes: Sequence[int]) -> None:
+    said = _agree(on, x, sizes)
     if any(row != said[0] for row in said):
-        raise MismatchError(
-            f"{name}: the ranks of group '{group.name}' pass different {option}: {said}; make them equal"
-        )
+        raise _mismatch(on, f"pass different {option}: {said}; make them equal")
+
+
+def _mismatch(on: Communicator, what: str) -> MismatchError:
+    text = f"{on.name}: the ranks of group '{on.group.name}' {what}"
+    return MismatchError(text, op=on.name, group=on.group.name, rank=on.rank)
 
 
 def _unstack(rows: Tensor, dim: int) -> Tensor:
@@ -130,7 +83,8 @@ def _unstack(rows: Tensor, dim: int) -> Tensor:
 
 def _stack_blocks(x: Tensor, dim: int, size: int) -> Tensor:
     """[.., n * d, ..] -> [n, .., d, ..]: the inverse."""
-    return x.unflatten(dim, (size, x.shape[dim] // size)).movedim(dim, 0).contiguous()
+    blocks: Tensor = x.unflatten(dim, (size, x.shape[dim] // size))
+    return blocks.movedim(dim, 0).contiguous()
 
 
 def _pad(x: Tensor, dim: int, length: int) -> Tensor:
@@ -141,41 +95,46 @@ def _pad(x: Tensor, dim: int, length: int) -> Tensor:
 
 # --- reductions ---------------------------------------------------------------------------------------------------
 
+# Exact in any order.
 _INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.int64)
-_NATIVE = {
-    "sum": (*_INTEGERS, torch.float32, torch.float64, torch.complex64, torch.complex128),
-    "prod": (*_INTEGERS, torch.float32, torch.float64),
-    "max": _INTEGERS,
-    "min": _INTEGERS,
+_NATIVE = dict.fromkeys(("sum", "prod", "max", "min"), _INTEGERS)
+# Two numbers have one order. On a device speed is worth more than the order of three.
+_NATIVE_OF_TWO = {
+    "sum": (torch.float32, torch.float64, torch.complex64, torch.complex128),
+    "prod": (torch.float32, torch.float64),
 }
 _REDUCE_OPS = {"sum": "SUM", "prod": "PRODUCT", "max": "MAX", "min": "MIN"}
 
 
-def _fold_rows(name: str, group: Group, x: Tensor, of: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+def _fold_rows(on: Communicator, x: Tensor, of: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
     """of: the ranks' blocks -> one row for each rank. Each rank does it for one block of x, and the rows go back."""
-    n, flat = group.size, x.reshape(-1)
+    n, flat = on.size, x.reshape(-1)
     blocks = _pad(flat, 0, -(-flat.numel() // n) * n).reshape(n, -1)
-    rows = of(_exchange_rows(name, group, blocks).unbind(0))
-    return _exchange_rows(name, group, rows).reshape(-1)[: flat.numel()].reshape(x.shape)
+    rows = of(_exchange_rows(on, blocks).unbind(0))
+    return _exchange_rows(on, rows).reshape(-1)[: flat.numel()].reshape(x.shape)
 
 
-def _all_reduce(x: Tensor, group: Group, *, op: str) -> Tensor:
-    if op == "mean" and x.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
-        return _all_reduce(x, group, op="sum").div_(group.size)
-    if x.dtype in (torch.float16, torch.bfloat16) and op == "sum":
-        return _all_reduce(x.float(), group, op="sum").to(x.dtype)
-    if x.dtype not in _NATIVE.get(op, ()):
-        return _fold_rows("all_reduce", group, x, lambda blocks: fold(blocks, op).expand(group.size, -1).contiguous())
+def _is_native(on: Communicator, dtype: torch.dtype, op: str) -> bool:
+    if dtype in _NATIVE.get(op, ()):
+        return True
+    return dtype in _NATIVE_OF_TWO.get(op, ()) and (on.size == 2 or on.device != "cpu")
+
+
+def _all_reduce(x: Tensor, on: Communicator, *, op: str) -> Tensor:
+    if op == "mean" and x.dtype in _NATIVE_OF_TWO["sum"] and _is_native(on, x.dtype, "sum"):
+        return _all_reduce(x, on, op="sum").div_(on.size)
+    if not _is_native(on, x.dtype, op):
+        return _fold_rows(on, x, lambda blocks: fold(blocks, op).expand(on.size, -1).contiguous())
     y = x.clone()
     if y.numel():
         options = dist.AllreduceOptions()
         options.reduceOp = getattr(dist.ReduceOp, _REDUCE_OPS[op])
-        pg, flat = _communicator(group, x).pg, torch.view_as_real(y) if y.is_complex() else y
-        _wait("all_reduce", group, lambda: pg.allreduce([flat], options))
+        flat = torch.view_as_real(y) if y.is_complex() else y
+        call(on, lambda pg: pg.allreduce([flat], options))
     return y
 
 
-def _scan(x: Tensor, group: Group, *, op: str, exclusive: bool, reverse: bool) -> Tensor:
+def _scan(x: Tensor, on: Communicator, *, op: str, exclusive: bool, reverse: bool) -> Tensor:
     def prefixes(blocks: Sequence[Tensor]) -> Tensor:
         order = list(blocks)[::-1] if reverse else list(blocks)
         rows = [fold(order[: r + 1], op) for r in range(len(order))]
@@ -183,39 +142,41 @@ def _scan(x: Tensor, group: Group, *, op: str, exclusive: bool, reverse: bool) -
             rows = [torch.zeros_like(rows[0]), *rows[:-1]]
         return torch.stack(rows[::-1] if reverse else rows)
 
-    return _fold_rows("scan", group, x, prefixes)
+    return _fold_rows(on, x, prefixes)
 
 
-def _reduce(x: Tensor, group: Group, *, dst: int, op: str) -> Tensor:
-    y = _all_reduce(x, group, op=op)
-    return y if group.rank == dst else y.zero_()
+def _reduce(x: Tensor, on: Communicator, *, dst: int, op: str) -> Tensor:
+    y = _all_reduce(x, on, op=op)
+    return y if on.rank == dst else y.zero_()
 
 
-def _reduce_scatter(x: Tensor, group: Group, *, dim: int, op: str, tiled: bool, sizes: Sequence[int] | None) -> Tensor:
+def _reduce_scatter(
+    x: Tensor, on: Communicator, *, dim: int, op: str, tiled: bool, sizes: Sequence[int] | None
+) -> Tensor:
     if sizes is not None:
-        _agree_on("reduce_scatter", "sizes", group, x, sizes)
+        _agree_on(on, "sizes", x, sizes)
         rows = torch.stack([_pad(block, dim, max(sizes)) for block in x.split(list(sizes), dim)])
     else:
-        rows = _stack_blocks(x, dim, group.size) if tiled else x.movedim(dim, 0).contiguous()
-    y = fold(_exchange_rows("reduce_scatter", group, rows).unbind(0), op)
-    return y if sizes is None else y.narrow(dim, 0, sizes[group.rank or 0]).contiguous()
+        rows = _stack_blocks(x, dim, on.size) if tiled else x.movedim(dim, 0).contiguous()
+    y = fold(_exchange_rows(on, rows).unbind(0), op)
+    return y if sizes is None else y.narrow(dim, 0, sizes[on.rank]).contiguous()
 
 
 # --- the whole and its blocks -------------------------------------------------------------------------------------
 
 
-def _all_gather(x: Tensor, group: Group, *, dim: int, tiled: bool, sizes: Sequence[int] | None) -> Tensor:
+def _all_gather(x: Tensor, on: Communicator, *, dim: int, tiled: bool, sizes: Sequence[int] | None) -> Tensor:
     if sizes is not None:
-        _agree_on("all_gather", "sizes", group, x, sizes)
-        rows = _gather_rows("all_gather", group, _pad(x, dim, max(sizes)))
+        _agree_on(on, "sizes", x, sizes)
+        rows = _gather_rows(on, _pad(x, dim, max(sizes)))
         return torch.cat([row.narrow(dim, 0, d) for row, d in zip(rows, sizes, strict=True)], dim)
-    rows = _gather_rows("all_gather", group, x)
+    rows = _gather_rows(on, x)
     return _unstack(rows, dim) if tiled else rows.movedim(0, dim).contiguous()
 
 
 def _all_to_all(
     x: Tensor,
-    group: Group,
+    on: Communicator,
     *,
     split_dim: int,
     concat_dim: int,
@@ -224,71 +185,75 @@ def _all_to_all(
     recv_sizes: Sequence[int] | None,
 ) -> Tensor:
     if not tiled:
-        return (
-            _exchange_rows("all_to_all", group, x.movedim(split_dim, 0).contiguous())
-            .movedim(0, concat_dim)
-            .contiguous()
-        )
+        return _exchange_rows(on, x.movedim(split_dim, 0).contiguous()).movedim(0, concat_dim).contiguous()
     if send_sizes is None or recv_sizes is None:
-        return _unstack(_exchange_rows("all_to_all", group, _stack_blocks(x, split_dim, group.size)), concat_dim)
-    n, rank = group.size, group.rank or 0
-    said = _agree("all_to_all", group, x, (*send_sizes, *recv_sizes))
-    for s in range(n):
-        for r in range(n):
-            if split_dim == concat_dim and said[s][r] != said[r][n + s]:
-                raise MismatchError(
-                    f"all_to_all: rank {s} of group '{group.name}' sends {said[s][r]} to rank {r}, which expects "
-                    f"{said[r][n + s]}; make send_sizes of rank {s} and recv_sizes of rank {r} agree"
-                )
-    if split_dim != concat_dim and any(row != said[0] for row in said):
-        raise MismatchError(
-            f"all_to_all: the ranks of group '{group.name}' pass different send_sizes and recv_sizes: {said}; "
-            "with split_dim != concat_dim they partition the two dims, the same on every rank"
-        )
+        return _unstack(_exchange_rows(on, _stack_blocks(x, split_dim, on.size)), concat_dim)
+    n = on.size
+    _agree_on_blocks(on, x, split_dim == concat_dim, send_sizes, recv_sizes)
     shapes = [list(x.shape) for _ in range(n)]
     for s, shape in enumerate(shapes):
-        shape[split_dim] = send_sizes[rank]
+        shape[split_dim] = send_sizes[on.rank]
         shape[concat_dim] = recv_sizes[s]
     packed = torch.cat([block.reshape(-1) for block in x.split(list(send_sizes), split_dim)])
     sends = [d * (x.numel() // max(x.shape[split_dim], 1)) for d in send_sizes]
     recvs = [prod(shape) for shape in shapes]
-    blocks = _exchange("all_to_all", group, packed, sends, recvs).split(recvs)
+    blocks = _exchange(on, packed, sends, recvs).split(recvs)
     return torch.cat([b.reshape(shape) for b, shape in zip(blocks, shapes, strict=True)], concat_dim)
 
 
-def _ppermute(x: Tensor, group: Group, *, perm: Sequence[int]) -> Tensor:
-    here, size = group.rank, x.numel()
-    sends = [size if (here, r) in pairs(perm) else 0 for r in range(group.size)]
-    recvs = [size if (r, here) in pairs(perm) else 0 for r in range(group.size)]
-    y = _exchange("ppermute", group, x.reshape(-1) if any(sends) else x.new_empty(0), sends, recvs)
+def _agree_on_blocks(
+    on: Communicator, x: Tensor, one_dim: bool, send_sizes: Sequence[int], recv_sizes: Sequence[int]
+) -> None:
+    n = on.size
+    said = _agree(on, x, (*send_sizes, *recv_sizes))
+    wrong = [(s, r) for s in range(n) for r in range(n) if said[s][r] != said[r][n + s]]
+    if one_dim and wrong:
+        s, r = wrong[0]
+        raise _mismatch(
+            on,
+            f"disagree: rank {s} sends {said[s][r]} to rank {r}, which expects {said[r][n + s]}; "
+            f"make send_sizes of rank {s} and recv_sizes of rank {r} agree",
+        )
+    if not one_dim and any(row != said[0] for row in said):
+        raise _mismatch(
+            on,
+            f"pass different send_sizes and recv_sizes: {said}; with split_dim != concat_dim they partition the two "
+            "dims, the same on every rank",
+        )
+
+
+def _ppermute(x: Tensor, on: Communicator, *, perm: Sequence[int]) -> Tensor:
+    here, size = on.rank, x.numel()
+    sends = [size if (here, r) in pairs(perm) else 0 for r in range(on.size)]
+    recvs = [size if (r, here) in pairs(perm) else 0 for r in range(on.size)]
+    y = _exchange(on, x.reshape(-1) if any(sends) else x.new_empty(0), sends, recvs)
     return y.reshape(x.shape) if any(recvs) else torch.zeros_like(x)
 
 
-def _broadcast(x: Tensor, group: Group, *, src: int) -> Tensor:
+def _broadcast(x: Tensor, on: Communicator, *, src: int) -> Tensor:
     y = x.clone()
     if y.numel():
         options = dist.BroadcastOptions()
         options.rootRank = src
-        pg = _communicator(group, x).pg
-        _wait("broadcast", group, lambda: pg.broadcast([_bytes(y)], options))
+        call(on, lambda pg: pg.broadcast([_bytes(y)], options))
     return y
 
 
-def _gather(x: Tensor, group: Group, *, dst: int, dim: int) -> Tensor:
-    root, size = group.rank == dst, x.numel()
-    sends = [size if r == dst else 0 for r in range(group.size)]
-    y = _exchange("gather", group, x.reshape(-1), sends, [size if root else 0] * group.size)
-    rows = y.reshape(group.size, *x.shape) if root else x.new_zeros((group.size, *x.shape))
+def _gather(x: Tensor, on: Communicator, *, dst: int, dim: int) -> Tensor:
+    root, size = on.rank == dst, x.numel()
+    sends = [size if r == dst else 0 for r in range(on.size)]
+    y = _exchange(on, x.reshape(-1), sends, [size if root else 0] * on.size)
+    rows = y.reshape(on.size, *x.shape) if root else x.new_zeros((on.size, *x.shape))
     return _unstack(rows, dim)
 
 
-def _scatter(x: Tensor, group: Group, *, src: int, dim: int) -> Tensor:
-    rows = _stack_blocks(x, dim, group.size)
+def _scatter(x: Tensor, on: Communicator, *, src: int, dim: int) -> Tensor:
+    rows = _stack_blocks(x, dim, on.size)
     size = rows[0].numel()
-    sends = [size if group.rank == src else 0] * group.size
-    recvs = [size if r == src else 0 for r in range(group.size)]
-    flat = rows.reshape(-1) if group.rank == src else x.new_empty(0)
-    return _exchange("scatter", group, flat, sends, recvs).reshape(rows.shape[1:])
+    sends = [size if on.rank == src else 0] * on.size
+    recvs = [size if r == src else 0 for r in range(on.size)]
+    flat = rows.reshape(-1) if on.rank == src else x.new_empty(0)
+    return _exchange(on, flat, sends, recvs).reshape(rows.shape[1:])
 
 
 # --- one edge, and none -------------------------------------------------------------------------------------------
@@ -298,52 +263,83 @@ def _header(x: Tensor) -> Tensor:
     return torch.tensor([x.numel(), x.element_size()], dtype=torch.int64, device=x.device)
 
 
-def _send(x: Tensor, group: Group, *, dst: int) -> Tensor:
+def _send(x: Tensor, on: Communicator, *, dst: int) -> Tensor:
     # The receiver learns the size first: torch.distributed would abort or wait for ever where it differs.
-    communicator = _communicator(group, x)
+    on.sending = [(work, sent) for work, sent in on.sending if not work.is_completed()]
     for tag, part in enumerate((_header(x), _bytes(x.clone()))):
         if part.numel():
-            communicator.sending.append((communicator.pg.send([part], dst, tag), part))
+            on.sending.append((on.pg.send([part], dst, tag), part))
     return x.new_empty(0)
 
 
-def _recv(after: Tensor, like: Tensor, group: Group, *, src: int) -> Tensor:
-    y, header = torch.empty_like(like), _header(like)
-    pg = _communicator(group, like).pg
-    _wait("recv", group, lambda: pg.recv([header], src, 0))
-    if not torch.equal(header, _header(like)):
-        raise MismatchError(
-            f"recv: rank {src} of group '{group.name}' sends {header[0]} elements of {header[1]} bytes, like has "
-            f"{like.numel()} of {like.element_size()}; pass a like of the message's shape and dtype"
+def _recv(after: Tensor, like: Tensor, on: Communicator, *, src: int) -> Tensor:
+    header = _header(like)
+    call(on, lambda pg: pg.recv([header], src, 0))
+    count, width = header.tolist()
+    y = torch.empty_like(like)
+    fits = [count, width] == [like.numel(), like.element_size()]
+    # What does not fit is taken off the edge, so that the next receive does not get it.
+    into = _bytes(y) if fits else torch.empty(count * width, dtype=torch.uint8, device=like.device)
+    if into.numel():
+        call(on, lambda pg: pg.recv([into], src, 1))
+    if not fits:
+        raise _mismatch(
+            on,
+            f"disagree: rank {src} sends {count} elements of {width} bytes, like of rank {on.rank} has {like.numel()} "
+            f"of {like.element_size()}; pass a like of the message's shape and dtype",
         )
-    if y.numel():
-        _wait("recv", group, lambda: pg.recv([_bytes(y)], src, 1))
     return y
 
 
-def _barrier(x: Tensor, group: Group) -> Tensor:
-    pg = _communicator(group, x).pg
-    _wait("barrier", group, lambda: pg.barrier(dist.BarrierOptions()))
+def _barrier(x: Tensor, on: Communicator) -> Tensor:
+    call(on, lambda pg: pg.barrier(dist.BarrierOptions()))
     return x.clone()
 
 
-c10d = register_backend(
-    Backend(
-        "c10d",
-        lowerings={
-            "all_reduce": _all_reduce,
-            "scan": _scan,
-            "reduce": _reduce,
-            "reduce_scatter": _reduce_scatter,
-            "all_gather": _all_gather,
-            "all_to_all": _all_to_all,
-            "ppermute": _ppermute,
-            "broadcast": _broadcast,
-            "gather": _gather,
-            "scatter": _scatter,
-            "send": _send,
-            "recv": _recv,
-            "barrier": _barrier,
-        },
-    )
-)
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def _lowering(name: str, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def lowering(*args: Any, **params: Any) -> Tensor:
+        *tensors, group = args
+        x: Tensor = tensors[-1]
+        with calling(name, group, x.device.type) as on:
+            if on.check and name not in ("send", "recv"):
+                compare_calls(on, x, _described(name, x, params))
+            return fn(*tensors, on, **params)
+
+    return lowering
+
+
+def _described(name: str, x: Tensor, params: Mapping[str, Any]) -> str:
+    """The parts of a call that are the same on all ranks."""
+    if name == "barrier":
+        return ""
+    shape: list[int | str] = list(x.shape)
+    own: tuple[str, ...] = ()
+    if params.get("sizes") is not None and name == "all_gather":
+        shape[params["dim"]] = "*"
+    if params.get("send_sizes") is not None:
+        own = ("send_sizes", "recv_sizes")
+        shape[params["split_dim"]] = shape[params["concat_dim"]] = "*"
+    options = ", ".join(f"{k}={v}" for k, v in params.items() if k not in own)
+    return f"({options}) of {x.dtype} [{', '.join(map(str, shape))}]"
+
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "all_reduce": _all_reduce,
+    "scan": _scan,
+    "reduce": _reduce,
+    "reduce_scatter": _reduce_scatter,
+    "all_gather": _all_gather,
+    "all_to_all": _all_to_all,
+    "ppermute": _ppermute,
+    "broadcast": _broadcast,
+    "gather": _gather,
+    "scatter": _scatter,
+    "send": _send,
+    "recv": _recv,
+    "barrier": _barrier,
+}
+
+c10d = register_backend(Backend("c10d", lowerings={name: _lowering(name, fn) for name, fn in _FUNCTIONS.items()}))

@@ -1,0 +1,346 @@
+"""What c10d has of a group: a torch.distributed process group, and the account of who broke a call on it.
+
+torch.distributed says "Connection closed by peer 127.0.0.1:4711". So each rank leaves its host and process id in the
+group's store when the communicator opens, and when a call fails, the ranks look there for who is gone, who closed, who
+failed where and who did not come. The first to reach a verdict writes it down, and all raise that.
+notes/0012-c10d-failures.md has the reasons and the limits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fcomm import processes
+from fcomm.errors import (
+    BackendError,
+    CollectiveTimeoutError,
+    FcommError,
+    GroupPoisonedError,
+    MismatchError,
+    PeerDiedError,
+)
+from fcomm.group import Group
+from fcomm.rendezvous import Live, live
+
+_SLICE = timedelta(seconds=0.25)  # how often a rank that waits looks whether another one has failed
+_ACCOUNT_S = 1.0  # how long ranks collect each other's reports
+_STORE_S = 3.0  # a store that answers later is taken for gone
+
+_ERRORS: dict[str, type[FcommError]] = {
+    e.__name__: e for e in (BackendError, CollectiveTimeoutError, MismatchError, PeerDiedError)
+}
+
+
+@dataclass
+class Communicator:
+    """A group's process group for one device type, and where this rank is in its sequence of calls.
+
+    owned: made here, and not the caller's.
+    check: every call is compared over the ranks before it is made (FCOMM_CHECK=1).
+    peers: the ranks' identities, as in fcomm/processes.py.
+    sending: the sends that may still be on their way, with the tensors they read.
+    """
+
+    group: Group
+    live: Live
+    device: str
+    pg: Any
+    owned: bool
+    check: bool
+    peers: Sequence[str]
+    store: dist.Store
+    calls: int = 0
+    name: str = ""
+    sending: list[tuple[Any, Tensor]] = field(default_factory=list)
+    failure: FcommError | None = None
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank or 0
+
+    @property
+    def size(self) -> int:
+        return self.group.size
+
+
+def communicator(group: Group, device: str) -> Communicator:
+    """The group's communicator, opened by all ranks at their first call."""
+    return live(group).communicator(f"c10d/{device}", lambda: _open(group, device), _close)
+
+
+@contextmanager
+def calling(name: str, group: Group, device: str) -> Iterator[Communicator]:
+    """A call of a collective on the group: one at a time, refused after a failure."""
+    on = communicator(group, device)
+    # A thread that waits in recv must not hold up the one that makes the send it waits for.
+    with nullcontext() if name in ("send", "recv") else on.lock:
+        if on.failure is not None:
+            raise GroupPoisonedError(
+                f"{name}: group '{group.name}' is unusable on backend 'c10d' since: {on.failure}; "
+                "close it and create another",
+                op=name,
+                group=group.name,
+                rank=on.rank,
+                culprits=on.failure.culprits,
+            )
+        on.calls += 1
+        on.name = name
+        yield on
+
+
+def call(on: Communicator, start: Callable[[Any], Any]) -> None:
+    """Start a torch.distributed call and wait for it; its errors become this package's."""
+    deadline = time.monotonic() + on.live.timeout_s
+    work = None
+    try:
+        work = start(on.pg)
+        if on.device != "cpu":
+            work.wait()  # orders the current stream after it; the deadline is the process group's
+            return
+        while not _is_done(work):
+            _look_around(on, deadline)
+    except RuntimeError as error:
+        if on.owned and work is not None and not work.is_completed():
+            # Its destructor waits for the call, which nothing can cancel.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(on.pg))
+        on.failure = _account(on, error)
+        raise on.failure from error
+
+
+def _is_done(work: Any) -> bool:
+    try:
+        work.wait(_SLICE)
+        return True
+    except RuntimeError as error:
+        # "Operation timed out!" is the slice's; gloo's own timeouts name the operation.
+        if str(error).startswith("Operation timed out"):
+            return False
+        raise
+
+
+# --- opening and closing ------------------------------------------------------------------------------------------
+
+
+def _open(group: Group, device: str) -> Communicator:
+    owner, pg = live(group), live(group).process_group
+    store = dist.PrefixStore(f"c10d/{device}", owner.store)
+    check = os.environ.get("FCOMM_CHECK", "0") not in ("", "0")
+    on = Communicator(group, owner, device, pg, pg is None, check, owner.identities, store)
+    try:
+        on.peers = _introduce(on)
+        if on.owned:
+            on.pg = _process_group(on)
+    except RuntimeError as error:
+        raise error if isinstance(error, FcommError) else _account(on, error) from error
+    return on
+
+
+def _process_group(on: Communicator) -> Any:
+    timeout = timedelta(seconds=on.live.timeout_s)
+    if on.device == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        return dist.ProcessGroupNCCL(on.store, on.rank, on.size, options)
+    with _on_loopback(on.peers):
+        return dist.ProcessGroupGloo(on.store, on.rank, on.size, timeout)
+
+
+def _introduce(on: Communicator) -> list[str]:
+    """Every rank's identity, once all ranks are here."""
+    deadline = time.monotonic() + on.live.timeout_s
+    on.store.set(f"member/{on.rank}", f"{processes.identity()} {int(on.check)}")
+    keys = [f"member/{r}" for r in range(on.size)]
+    while not _came(on.store, keys):
+        gone = _gone(on)
+        absent = [r for r, key in enumerate(keys) if not on.store.check([key])]
+        if gone or time.monotonic() > deadline:
+            kind = PeerDiedError if gone else CollectiveTimeoutError
+            raise kind(
+                f"{_ranks(gone)} of group '{on.group.name}' ended before this call; look at the log there"
+                if gone
+                else f"{_ranks(absent)} of group '{on.group.name}' made no call on backend 'c10d' within "
+                f"{on.live.timeout_s} s; every rank of the group makes the same calls",
+                group=on.group.name,
+                rank=on.rank,
+                culprits=gone or absent,
+            )
+    said = [on.store.get(key).decode(errors="replace").split(" ") for key in keys]
+    checks = [check for _, check in said]
+    if len(set(checks)) > 1:
+        raise MismatchError(
+            f"the ranks of group '{on.group.name}' have FCOMM_CHECK = {', '.join(checks)}; set it alike on all",
+            group=on.group.name,
+            rank=on.rank,
+        )
+    return [who for who, _ in said]
+
+
+def _came(store: dist.Store, keys: list[str]) -> bool:
+    try:
+        store.wait(keys, _SLICE)
+        return True
+    except dist.DistStoreError:
+        return False
+
+
+@contextmanager
+def _on_loopback(peers: Sequence[str]) -> Iterator[None]:
+    """Ranks of one host connect over the loopback interface; gloo would listen on that of the host's name."""
+    name = "GLOO_SOCKET_IFNAME"
+    loopback = [i for _, i in socket.if_nameindex() if i in ("lo", "lo0")]
+    if name in os.environ or not loopback or len({processes.host(who) for who in peers}) > 1:
+        yield
+        return
+    os.environ[name] = loopback[0]
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _close(on: Communicator) -> None:
+    if on.failure is not None:
+        return
+    with suppress(RuntimeError):
+        for work, _ in on.sending:
+            work.wait(timedelta(seconds=on.live.timeout_s))
+    with suppress(RuntimeError):
+        on.store.set(f"closed/{on.rank}", str(on.calls))
+    on.pg = None
+
+
+# --- the account --------------------------------------------------------------------------------------------------
+
+
+def _look_around(on: Communicator, deadline: float) -> None:
+    """Raise if the deadline has passed, another rank has failed, or one is gone."""
+    if time.monotonic() > deadline:
+        raise RuntimeError(f"Timed out after {on.live.timeout_s} s")
+    if on.store.check(["failed"]):
+        raise RuntimeError("another rank failed")
+    if _gone(on):
+        raise RuntimeError("Connection lost")
+
+
+def _account(on: Communicator, error: Exception) -> FcommError:
+    """What all ranks will say about a failed call. Bounded in time, though the store's server may be the rank lost."""
+    text = str(error).splitlines()[0][:200]
+    timeout = "imed out" in text or "imeout" in text
+    verdicts: list[str] = []
+
+    def agree() -> None:
+        verdict = _verdict(on, timeout, text)
+        with suppress(RuntimeError):
+            verdict = on.store.compare_set("verdict", "", verdict).decode(errors="replace")
+        verdicts.append(verdict)
+
+    thread = threading.Thread(target=agree, name="fcomm-account", daemon=True)
+    thread.start()
+    thread.join(_ACCOUNT_S + _STORE_S)
+    verdict = verdicts[0] if verdicts else _write(BackendError, _gone(on), f"{text}; the store does not answer")
+    return _error(on, verdict)
+
+
+def _verdict(on: Communicator, timeout: bool, text: str) -> str:
+    failed, closed = _reports(on)
+    gone = _gone(on)
+    silent = [r for r in range(on.size) if r not in failed and r not in closed]
+    where = ", ".join(f"rank {r} in {place}" for r, place in sorted(failed.items()))
+    if gone:
+        who = ", ".join(processes.process(on.peers[r]) for r in gone)
+        return _write(PeerDiedError, gone, f"{_ranks(gone)} ended ({who}); look at the log there")
+    if closed:
+        return _write(
+            PeerDiedError, closed, f"{_ranks(closed)} closed the group, or ended; close it after the last call"
+        )
+    if silent:
+        kind = CollectiveTimeoutError if timeout else PeerDiedError
+        within = f" within {on.live.timeout_s} s" if timeout else ""
+        return _write(kind, silent, f"{_ranks(silent)} did not arrive{within} ({where}); look at the log there")
+    if len(set(failed.values())) > 1:
+        return _write(
+            MismatchError, sorted(failed), f"the ranks are in different calls: {where}; make them call the same"
+        )
+    return _write(CollectiveTimeoutError if timeout else BackendError, [], f"torch.distributed says: {text}")
+
+
+def _reports(on: Communicator) -> tuple[dict[int, str], list[int]]:
+    """{rank: the call in which it failed}, and the ranks that closed the group; all that say so within a second."""
+    failed, ranks = {on.rank: f"call {on.calls}, {on.name}"}, range(on.size)
+    closed: list[int] = []
+    deadline = time.monotonic() + _ACCOUNT_S
+    with suppress(RuntimeError):
+        on.store.set(f"failed/{on.rank}", failed[on.rank])
+        on.store.set("failed", "")
+        while time.monotonic() < deadline and not on.store.check(["verdict"]):
+            closed = [r for r in ranks if r not in failed and on.store.check([f"closed/{r}"])]
+            for r in ranks:
+                if r not in failed and on.store.check([f"failed/{r}"]):
+                    failed[r] = on.store.get(f"failed/{r}").decode(errors="replace")
+            if {*failed, *closed, *_gone(on)} == set(ranks):
+                break
+            time.sleep(0.02)
+    return failed, closed
+
+
+def _gone(on: Communicator) -> list[int]:
+    return [r for r, who in enumerate(on.peers) if processes.has_ended(who)]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
+
+
+def _write(kind: type[FcommError], culprits: Iterable[int], text: str) -> str:
+    return "\n".join((kind.__name__, " ".join(map(str, culprits)), text))
+
+
+def _error(on: Communicator, verdict: str) -> FcommError:
+    kind, culprits, text = [*verdict.split("\n", 2), "", ""][:3]
+    text = "".join(c if c.isprintable() else "?" for c in text)[:500]
+    return _ERRORS.get(kind, BackendError)(
+        f"{on.name or 'c10d'}: call {on.calls} on group '{on.group.name}' of size {on.size}: {text}",
+        op=on.name,
+        group=on.group.name,
+        rank=on.rank,
+        culprits=[int(r) for r in culprits.split() if r.isdigit()],
+    )
+
+
+# --- the same call on every rank ----------------------------------------------------------------------------------
+
+_TEXT_BYTES = 256
+
+
+def compare_calls(on: Communicator, x: Tensor, what: str) -> None:
+    """Raise MismatchError on every rank unless all are making the same call. One small all_gather."""
+    mine = f"call {on.calls}, {on.name}{what}".encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES)
+    own = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(x.device)
+    rows = list(own.new_empty(on.size, _TEXT_BYTES).unbind(0))
+    call(on, lambda pg: pg.allgather([rows], [own]))
+    said = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in rows]
+    if len(set(said)) == 1:
+        return
+    fewest = min(set(said), key=said.count)
+    raise MismatchError(
+        f"{on.name}: the ranks of group '{on.group.name}' are in different calls: "
+        + "; ".join(f"rank {r} in {text}" for r, text in enumerate(said))
+        + "; make them call the same",
+        op=on.name,
+        group=on.group.name,
+        rank=on.rank,
+        culprits=[r for r, text in enumerate(said) if text == fewest],
+    )

@@ -1,0 +1,240 @@
+"""Where the launcher put this process, the store that its ranks share, and that all of them came.
+
+The store carries short texts in a fixed form, never pickles: each rank's claim, and the first error that a rank found,
+so that all of them report it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from fcomm import processes
+from fcomm.errors import RendezvousError
+
+LOG = logging.getLogger("fcomm")
+
+_SLICE_S = 0.25  # how often a rank that waits for others looks for an error that one of them reported
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process is among its peers, and where their store is. serve: this process serves it.
+
+    function: the public function that errors name.
+    """
+
+    function: str
+    rank: int
+    size: int
+    host: str
+    port: int
+    serve: bool
+
+
+def launcher_place(env: Mapping[str, str]) -> Place | None:
+    """The place that a launcher's environment states, or None without a launcher."""
+    nodes = local = ""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        names, job = ("RANK", "WORLD_SIZE"), None
+    elif "OMPI_COMM_WORLD_RANK" in env:
+        names, job = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), env.get("PMIX_NAMESPACE")
+        local = "OMPI_COMM_WORLD_LOCAL_SIZE"
+    elif "PMI_RANK" in env:
+        names, job, local = ("PMI_RANK", "PMI_SIZE"), env.get("PMI_JOBID") or env.get("PMI_PORT"), "MPI_LOCALNRANKS"
+        if job is None and env.get(local) == env["PMI_SIZE"]:
+            job = f"child of {os.getppid()}"  # MPICH's Hydra names the job by a pipe; its proxy is every rank's parent
+    elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
+        names, job = ("SLURM_PROCID", "SLURM_NTASKS"), f"{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}"
+        nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
+    else:
+        return None
+    rank, size = (_number(env, name) for name in names)
+    if not 0 <= rank < size:
+        raise RendezvousError(
+            f"init: the environment says {names[0]}={rank} of {names[1]}={size}; correct or unset both"
+        )
+    if size == 1:
+        return Place("init", 0, 1, "", 0, False)
+    several_hosts = local in env and _number(env, local) != size
+    host = env.get("MASTER_ADDR") or (
+        first_host(nodes) if nodes else "" if several_hosts or job is None else _LOOPBACK[0]
+    )
+    if not host or ("MASTER_PORT" not in env and job is None):
+        raise RendezvousError(
+            f"init: {names[0]} and {names[1]} say rank {rank} of {size}, but not where the ranks meet; "
+            "set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there, on every rank"
+        )
+    port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else 20000 + int(digest(job), 16) % 12000
+    # Under torchrun the agent serves the store and every rank is a client.
+    agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Place("init", rank, size, host, port, serve=rank == 0 and not agent)
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", env.get(name, "")):
+        raise RendezvousError(f"init: {name} is {env.get(name)!r} in the environment; set it to a number")
+    return int(env[name])
+
+
+def first_host(nodes: str) -> str:
+    """First host of a Slurm node list: "node[03-05,9],gpu1" -> "node03"."""
+    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
+    return found[1] + (found[2] or "") if found else ""
+
+
+def digest(*parts: object) -> str:
+    """A short name for some values, the same in every process."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def join(place: Place, prefix: str, name: str, timeout_s: float) -> tuple[dist.Store, tuple[str, ...]]:
+    """The store of all ranks of place, under prefix, once each has reported there; and the ranks' identities.
+
+    Raises RendezvousError naming the missing, duplicate or disagreeing ranks.
+    """
+    deadline = time.monotonic() + timeout_s
+    claim = f"{place.size} {processes.identity()} {socket.gethostname()} {secrets.token_hex(8)}"
+    while True:
+        store = dist.PrefixStore(prefix, _connect(place, max(0.01, deadline - time.monotonic()), timeout_s))
+        try:
+            return store, _meet(store, name, place, claim, deadline, timeout_s)
+        except dist.DistNetworkError as error:
+            # The store went while we were there: that of an earlier group at this address. Rank 0 makes the next one.
+            if time.monotonic() > deadline or place.serve:
+                raise RendezvousError(
+                    f"{place.function}: rank {place.rank} of '{name}' lost the store at {place.host}:{place.port}; "
+                    "look at the log of rank 0"
+                ) from error
+            time.sleep(0.05)
+
+
+# --- the store ----------------------------------------------------------------------------------------------------
+
+
+def loopback_store(timeout_s: float) -> tuple[dist.Store, int]:
+    """A store served by this process on a free port of the loopback interface, and that port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        "127.0.0.1", port, None, True, timedelta(seconds=timeout_s), False, master_listen_fd=listener.detach()
+    )
+    return store, port
+
+
+def _connect(place: Place, left_s: float, timeout_s: float) -> dist.Store:
+    options: dict[str, Any] = {"timeout": timedelta(seconds=left_s), "wait_for_workers": False}
+    if place.serve:
+        # TCPStore listens on every interface, whatever host it is given; hand it a socket that does not.
+        options["master_listen_fd"] = _listener(place).detach()
+    try:
+        return dist.TCPStore(place.host, place.port, None, place.serve, **options)
+    except (RuntimeError, OSError) as error:
+        raise RendezvousError(
+            f"{place.function}: rank {place.rank} of {place.size} got no store at {place.host}:{place.port} within "
+            f"{timeout_s} s; check MASTER_ADDR, MASTER_PORT and that rank 0 runs ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+def _listener(place: Place) -> socket.socket:
+    """A socket listening on the interface of place.host alone."""
+    backlog = max(128, place.size)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=backlog)
+    except OSError as error:
+        if place.host in _LOOPBACK or getattr(error, "errno", None) == 98:  # EADDRINUSE
+            raise RendezvousError(
+                f"{place.function}: port {place.port} on {place.host} is taken or refused ({error.strerror}); "
+                "set MASTER_PORT to a free port, the same on every rank"
+            ) from error
+        # An address that leads here through another host, as a Kubernetes service does.
+        LOG.warning("%s is no address of this host; the store listens on all interfaces", place.host)
+        return socket.create_server(("", place.port), backlog=backlog)
+
+
+# --- that all came ------------------------------------------------------------------------------------------------
+
+
+def _meet(store: dist.Store, name: str, place: Place, claim: str, deadline: float, timeout_s: float) -> tuple[str, ...]:
+    """Every rank claims its number once and waits for the others: a wrong launch is named here, not in a collective."""
+    keys = [f"claim/{r}" for r in range(place.size)]
+    holder = _text(store.compare_set(keys[place.rank], "", claim))
+    if holder != claim:
+        _give_up(
+            store,
+            place,
+            f"rank {place.rank} of '{name}' joined twice at {place.host}:{place.port}, as {_who(holder)} and "
+            f"{_who(claim)}; give each process its own rank, or a fresh MASTER_PORT to each run",
+        )
+    while not _wait(store, keys, _SLICE_S):
+        here = [r for r, key in enumerate(keys) if store.check([key])]
+        _compare_sizes(store, name, place, here)
+        _raise_reported(store, place)
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(place.size)) - set(here))
+            _give_up(
+                store,
+                place,
+                f"of {place.size} ranks of '{name}', ranks {missing} did not arrive within {timeout_s} s; "
+                "look at their logs, or raise timeout_s",
+                missing,
+            )
+    _compare_sizes(store, name, place, range(place.size))
+    identities = tuple(_text(store.get(key)).split(" ")[1] for key in keys)
+    store.set(f"seen/{place.rank}", "")
+    if place.serve:
+        # The others still read the claims; this process may be about to end.
+        _wait(store, [f"seen/{r}" for r in range(place.size)], max(_SLICE_S, deadline - time.monotonic()))
+    return identities
+
+
+def _wait(store: dist.Store, keys: list[str], limit_s: float) -> bool:
+    try:
+        store.wait(keys, timedelta(seconds=limit_s))
+        return True
+    except dist.DistStoreError:
+        return False
+
+
+def _compare_sizes(store: dist.Store, name: str, place: Place, ranks: Sequence[int]) -> None:
+    sizes = {r: _text(store.get(f"claim/{r}")).split(" ")[0] for r in ranks}
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"rank {r} says {size}" for r, size in sizes.items())
+        _give_up(store, place, f"the ranks of '{name}' disagree on its size: {said}; start all with one size", ranks)
+
+
+def _give_up(store: dist.Store, place: Place, text: str, culprits: Sequence[int] = ()) -> None:
+    """Raise the error, after the other ranks that are here can have read it."""
+    text = _text(store.compare_set("error", "", text))
+    if place.serve:
+        time.sleep(4 * _SLICE_S)
+    raise RendezvousError(f"{place.function}: {text}", rank=place.rank, culprits=culprits)
+
+
+def _raise_reported(store: dist.Store, place: Place) -> None:
+    if store.check(["error"]):
+        raise RendezvousError(f"{place.function}: {_text(store.get('error'))}", rank=place.rank)
+
+
+def _text(value: bytes | str) -> str:
+    """What another process wrote, as text that is safe to show."""
+    text = value if isinstance(value, str) else value.decode(errors="replace")
+    return "".join(c if c.isprintable() else "?" for c in text[:500])
+
+
+def _who(claim: str) -> str:
+    _, who, host, *_ = [*claim.split(" "), "?", "?", "?"]
+    return f"{processes.process(who)} on {host}"
