@@ -5,6 +5,8 @@ fcomm.backends.<machine>; how torch sees it is in fcomm.registration. Who takes 
 """
 
 from fcomm.backends.c10d import c10d
+from fcomm.backends.cpu import cpu
+from fcomm.backends.pool import empty_cache, memory_stats
 from fcomm.backends.stacked import sim
 from fcomm.bind import bind
 from fcomm.collectives import (
@@ -79,11 +81,14 @@ __all__ = [
     "broadcast",
     "c10d",
     "close",
+    "cpu",
     "define",
+    "empty_cache",
     "from_device_mesh",
     "from_process_group",
     "gather",
     "init",
+    "memory_stats",
     "mesh",
     "ppermute",
     "pvary",

@@ -1,0 +1,301 @@
+"""cpu: ranks of one host over shared memory, by the engine in fcomm/csrc; ratios to others in notes/0039-cpu-speed.md.
+
+Every collective that moves or folds blocks is one call of the engine, with blocks of any dim left where they are. The
+fingerprint of a call (shape, dtype, options) lies beside its flag, so ranks that ask for different things all raise. A
+group that the engine cannot serve, one that spans hosts, goes through torch.distributed, and says so once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fcomm.backends.c10d import c10d
+from fcomm.backends.pool import POOLED_NBYTES, native, pooled, why_no_native
+from fcomm.backends.shm_failure import INVALID, MISMATCH, SYSTEM, failure, poisoned
+from fcomm.backends.shm_opening import open_region, why_not_shared
+from fcomm.collectives.exchange import pairs
+from fcomm.errors import FcommError
+from fcomm.group import Backend, Group, Lowering, register_backend
+from fcomm.rendezvous import live
+
+
+@dataclass
+class _Communicator:
+    """A group's engine handle; None where torch.distributed serves it. failed: the text of the error that broke it."""
+
+    group: Group
+    handle: Any
+    failed: str = ""
+
+
+# By group name, so that a call finds its communicator in one look-up; the group's Live record owns them.
+_OPEN: dict[str, _Communicator] = {}
+
+
+def _communicator(group: Group) -> _Communicator:
+    found = _OPEN.get(group.name)
+    if found is not None and found.group is group:
+        return found
+    return live(group).communicator("cpu", lambda: _open(group), _close)
+
+
+def _open(group: Group, first_round: int = 0) -> _Communicator:
+    owner = live(group)
+    reason = why_not_shared(owner, native.ABI if native else 0)
+    if reason is not None:
+        detail = f" ({why_no_native})" if native is None else ""
+        warnings.warn(
+            f"fcomm.cpu: group '{group.name}' goes through torch.distributed, many times slower: {reason}{detail}"
+            + ("; install a C++ compiler and reinstall fcomm" if native is None else ""),
+            stacklevel=2,
+        )
+    handle = None if reason is not None else open_region(owner, native, first_round)
+    _OPEN[group.name] = _Communicator(group, handle)
+    return _OPEN[group.name]
+
+
+def _close(communicator: _Communicator) -> None:
+    _OPEN.pop(communicator.group.name, None)
+    if communicator.handle is not None:
+        native.close(communicator.handle)
+
+
+def _lowering(name: str, call: Callable[..., tuple[int, Tensor]]) -> Lowering:
+    """The lowering that makes one call of the engine and raises what its status says."""
+    elsewhere = c10d.lowerings[name]
+
+    def lowering(x: Tensor, group: Group, **options: Any) -> Tensor:
+        c = _communicator(group)
+        if c.handle is None:
+            return elsewhere(x, group, **options)
+        status, y = call(x, group, c.handle, **options)
+        if status:
+            raise _error(status, name, x, c, options)
+        return y
+
+    return lowering
+
+
+def _error(status: int, name: str, x: Tensor, c: _Communicator, options: Mapping[str, Any]) -> FcommError:
+    if c.failed:
+        return poisoned(name, c.group, c.failed)
+    named = "".join(f", {k}={v!r}" for k, v in options.items() if v is not None)
+    asked = f"{name}({_name(x.dtype)}{list(x.shape)}{named})"
+    error = failure(status, name, c.group, native, c.handle, asked)
+    if status not in (INVALID, SYSTEM):
+        c.failed = f"{type(error).__name__}: {error}"
+    return error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
+    torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+    torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
+_CODES = {dtype: (code, dtype.itemsize) for code, dtype in enumerate(_DTYPES)}
+_OPS = {op: code for code, op in enumerate(("sum", "mean", "max", "min", "prod", "band", "bor", "bxor"))}
+
+
+# A lowering below takes x, the group, the engine's handle and the options, and returns the engine's status and its y.
+# tag: the hash of what the engine cannot see. Of ints only: the hash of None or of a string differs among processes.
+
+
+def _new(shape: Sequence[int], like: Tensor, width: int) -> Tensor:
+    if prod(shape) * width >= POOLED_NBYTES:
+        return pooled(shape, like)
+    return torch.empty(shape, dtype=like.dtype)
+
+
+def _blocks(shape: Sequence[int], dim: int, width: int, count: int) -> tuple[int, int]:
+    """The engine's blocks: `count` equal ones along dim of a contiguous tensor of that shape."""
+    return prod(shape[:dim]), shape[dim] // count * prod(shape[dim + 1 :]) * width
+
+
+def _uneven(shape: Sequence[int], dim: int, width: int, sizes: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    inner = prod(shape[dim + 1 :]) * width
+    return prod(shape[:dim]), tuple(d * inner for d in sizes)
+
+
+def _with(shape: Sequence[int], dim: int, length: int) -> tuple[int, ...]:
+    return (*shape[:dim], length, *shape[dim + 1 :])
+
+
+Called = tuple[int, Tensor]
+
+# --- reductions ---------------------------------------------------------------------------------------------------
+
+
+def _all_reduce(x: Tensor, group: Group, handle: Any, *, op: str) -> Called:
+    code, width = _CODES[x.dtype]
+    count = x.numel()
+    y = torch.empty_like(x) if count * width < POOLED_NBYTES else pooled(x.shape, x)
+    return native.all_reduce(x.data_ptr(), y.data_ptr(), count, code, _OPS[op], hash(x.shape), handle), y
+
+
+def _scan(x: Tensor, group: Group, handle: Any, *, op: str, exclusive: bool, reverse: bool) -> Called:
+    code, width = _CODES[x.dtype]
+    y = _new(x.shape, x, width)
+    pointers = x.data_ptr(), y.data_ptr()
+    return native.scan(*pointers, x.numel(), code, _OPS[op], exclusive, reverse, hash(x.shape), handle), y
+
+
+def _reduce(x: Tensor, group: Group, handle: Any, *, dst: int, op: str) -> Called:
+    code, width = _CODES[x.dtype]
+    y = _new(x.shape, x, width) if group.rank == dst else torch.zeros_like(x)
+    pointers = x.data_ptr(), y.data_ptr()
+    return native.reduce(*pointers, x.numel(), code, _OPS[op], dst, hash(x.shape), handle), y
+
+
+def _reduce_scatter(
+    x: Tensor, group: Group, handle: Any, *, dim: int, op: str, tiled: bool, sizes: Sequence[int] | None
+) -> Called:
+    code, width = _CODES[x.dtype]
+    if sizes is None:
+        blocks: Any = _blocks(x.shape, dim, width, group.size)
+        shape = _with(x.shape, dim, x.shape[dim] // group.size) if tiled else (*x.shape[:dim], *x.shape[dim + 1 :])
+    else:
+        blocks, shape = _uneven(x.shape, dim, width, sizes), _with(x.shape, dim, sizes[group.rank or 0])
+    y = _new(shape, x, width)
+    tag = hash((x.shape, dim, tiled, sizes or ()))
+    return native.reduce_scatter(x.data_ptr(), blocks, y.data_ptr(), code, _OPS[op], tag, handle), y
+
+
+# --- the whole and its blocks -------------------------------------------------------------------------------------
+
+
+def _all_gather(x: Tensor, group: Group, handle: Any, *, dim: int, tiled: bool, sizes: Sequence[int] | None) -> Called:
+    code, width = _CODES[x.dtype]
+    if sizes is None:
+        shape = (
+            _with(x.shape, dim, x.shape[dim] * group.size) if tiled else (*x.shape[:dim], group.size, *x.shape[dim:])
+        )
+        blocks: Any = _blocks(shape, dim, width, group.size)
+    else:
+        shape = _with(x.shape, dim, sum(sizes))
+        blocks = _uneven(shape, dim, width, sizes)
+    y = _new(shape, x, width)
+    return native.all_gather(
+        x.data_ptr(), y.data_ptr(), blocks, hash((shape, code, dim, tiled, sizes or ())), handle
+    ), y
+
+
+def _all_to_all(
+    x: Tensor,
+    group: Group,
+    handle: Any,
+    *,
+    split_dim: int,
+    concat_dim: int,
+    tiled: bool,
+    send_sizes: Sequence[int] | None,
+    recv_sizes: Sequence[int] | None,
+) -> Called:
+    code, width = _CODES[x.dtype]
+    n = group.size
+    options: Any = (code, split_dim, concat_dim, tiled)
+    if send_sizes is None or recv_sizes is None:
+        sent: Any = _blocks(x.shape, split_dim, width, n)
+        block = [*x.shape[:split_dim], *([x.shape[split_dim] // n] if tiled else []), *x.shape[split_dim + 1 :]]
+        shape = (
+            _with(block, concat_dim, block[concat_dim] * n) if tiled else (*block[:concat_dim], n, *block[concat_dim:])
+        )
+        received: Any = _blocks(shape, concat_dim, width, n)
+        options = (*options, x.shape)
+    else:
+        sent = _uneven(x.shape, split_dim, width, send_sizes)
+        shape = _with(_with(x.shape, split_dim, send_sizes[group.rank or 0]), concat_dim, sum(recv_sizes))
+        received = _uneven(shape, concat_dim, width, recv_sizes)
+        rest = tuple(d for k, d in enumerate(x.shape) if k not in (split_dim, concat_dim))
+        # With one dim the sizes are each rank's own, and the engine compares them pair by pair.
+        options = (
+            (*options, rest) if split_dim == concat_dim else (*options, rest, tuple(send_sizes), tuple(recv_sizes))
+        )
+    y = _new(shape, x, width)
+    uneven = send_sizes is not None and split_dim == concat_dim
+    return native.all_to_all(x.data_ptr(), sent, y.data_ptr(), received, uneven, hash(options), handle), y
+
+
+def _ppermute(x: Tensor, group: Group, handle: Any, *, perm: Sequence[int]) -> Called:
+    code, width = _CODES[x.dtype]
+    y = _new(x.shape, x, width)
+    source = next((s for s, d in pairs(perm) if d == group.rank), -1)
+    tag = hash((x.shape, code, tuple(perm)))
+    return native.permute(x.data_ptr(), y.data_ptr(), x.nbytes, source, group.rank in perm[::2], tag, handle), y
+
+
+def _broadcast(x: Tensor, group: Group, handle: Any, *, src: int) -> Called:
+    code, width = _CODES[x.dtype]
+    y = _new(x.shape, x, width)
+    return native.broadcast(x.data_ptr(), y.data_ptr(), x.nbytes, src, hash((x.shape, code)), handle), y
+
+
+def _gather(x: Tensor, group: Group, handle: Any, *, dst: int, dim: int) -> Called:
+    code, width = _CODES[x.dtype]
+    shape = _with(x.shape, dim, x.shape[dim] * group.size)
+    y = _new(shape, x, width) if group.rank == dst else torch.zeros(shape, dtype=x.dtype)
+    blocks = _blocks(shape, dim, width, group.size)
+    return native.gather(x.data_ptr(), y.data_ptr(), blocks, dst, hash((x.shape, code, dim)), handle), y
+
+
+def _scatter(x: Tensor, group: Group, handle: Any, *, src: int, dim: int) -> Called:
+    code, width = _CODES[x.dtype]
+    y = _new(_with(x.shape, dim, x.shape[dim] // group.size), x, width)
+    blocks = _blocks(x.shape, dim, width, group.size)
+    return native.scatter(x.data_ptr(), blocks, y.data_ptr(), src, hash((x.shape, code, dim)), handle), y
+
+
+# --- one edge, and none -------------------------------------------------------------------------------------------
+
+
+def _send(x: Tensor, group: Group, handle: Any, *, dst: int) -> Called:
+    signature = _CODES[x.dtype][0], tuple(x.shape)
+    return native.send(x.data_ptr(), x.nbytes, signature, dst, handle), torch.empty(0, dtype=x.dtype)
+
+
+def _recv(after: Tensor, like: Tensor, group: Group, *, src: int) -> Tensor:
+    c = _communicator(group)
+    if c.handle is None:
+        return c10d.lowerings["recv"](after, like, group, src=src)
+    code, width = _CODES[like.dtype]
+    y = _new(like.shape, like, width)
+    signature = code, tuple(like.shape)
+    status, *sent = native.recv(y.data_ptr(), like.nbytes, signature, src, c.handle)
+    if status:
+        # Here alone the two sides are known at once.
+        words = {"sent": f"{_name(_DTYPES[sent[0]])}{list(sent[1])}"} if status == MISMATCH and sent[0] >= 0 else {}
+        raise _error(status, "recv", like, c, {"src": src, **words})
+    return y
+
+
+def _barrier(x: Tensor, group: Group, handle: Any) -> Called:
+    return native.barrier(0, handle), x.clone()
+
+
+_CALLS: dict[str, Callable[..., Called]] = {
+    "all_reduce": _all_reduce,
+    "scan": _scan,
+    "reduce": _reduce,
+    "reduce_scatter": _reduce_scatter,
+    "all_gather": _all_gather,
+    "all_to_all": _all_to_all,
+    "ppermute": _ppermute,
+    "broadcast": _broadcast,
+    "gather": _gather,
+    "scatter": _scatter,
+    "send": _send,
+    "barrier": _barrier,
+}
+cpu = register_backend(
+    Backend("cpu", ("cpu",), {**{name: _lowering(name, call) for name, call in _CALLS.items()}, "recv": _recv})
+)

@@ -1,0 +1,52 @@
+"""Outputs of the shared-memory backend: small ones are torch's, large ones come from the engine's pool of blocks.
+
+A fresh 64 MB tensor costs six times the collective that fills it, in page faults. A block of the pool keeps its pages;
+it goes back when the storage dies, that is with the last tensor, view or saved tensor that shares it, on any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    native: Any = import_module("fcomm._native")
+    why_no_native = ""
+except ImportError as error:  # no compiler was there when fcomm was installed
+    native, why_no_native = None, str(error)
+
+# Below it glibc recycles memory by itself, and the two microseconds of the hand-over would show.
+POOLED_NBYTES = 1 << 20
+
+
+def pooled(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of that shape and like's dtype; its storage cannot be resized."""
+    block = torch.from_dlpack(native.pool_take(prod(shape) * like.element_size()))
+    # Not block.view(..): a view would have a base, and autograd would watch writes through it.
+    whole: Tensor = torch.empty(0, dtype=like.dtype).set_(block.untyped_storage(), 0, shape, ())
+    return whole
+
+
+def memory_stats() -> dict[str, int]:
+    """The pool of large outputs of fcomm.cpu in this process: bytes in use, idle, and the limit on idle ones.
+
+    Keys: in_use_bytes, idle_bytes, limit_bytes, blocks_in_use; hits and misses count requests since the start.
+    Empty where the engine is not built.
+    """
+    return dict(native.pool_stats()) if native else {}
+
+
+def empty_cache() -> int:
+    """Give the pool's idle blocks back to the system; returns their bytes. Tensors in use keep theirs."""
+    return int(native.pool_clear()) if native else 0
+
+
+def limit_cache(idle_nbytes: int) -> None:
+    """Keep at most that many idle bytes in the pool; blocks that come back beyond it go to the system."""
+    if native:
+        native.pool_set_limit(idle_nbytes)

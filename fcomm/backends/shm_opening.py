@@ -1,0 +1,298 @@
+"""Opening the engine's shared memory: how ranks of one host come to hold one nameless region, and each other's lives.
+
+Rank 0 makes the region, a sealed memfd, and waits on an abstract UNIX socket. Each other rank connects and passes a
+descriptor of its own life (a pidfd); rank 0 passes back the region and the lives of all. Nothing has a name in a file
+system, so nothing is left behind, whoever is killed when. The group's store carries fixed-size bytes only:
+
+    claim/<rank>   every rank: can it run the engine, and which host is it on
+    address        rank 0: the socket's random name, and the nonce that the region must show
+
+A peer must be of our own user (SO_PEERCRED), and one that does not say the nonce first is turned away.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import hashlib
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fcomm.errors import PeerDiedError, RendezvousError
+from fcomm.rendezvous import Live
+
+_CLAIM = struct.Struct("!B3x32s")  # engine ABI, 0 for none; host
+_ADDRESS = struct.Struct("!16sQ")  # socket name, nonce
+_HELLO = struct.Struct("!QI4x")  # nonce, rank
+_FDS_PER_MESSAGE = 250  # the kernel takes 253
+_READY, _FAILED = b"+", b"-"
+
+
+def host_identity() -> bytes:
+    """Equal for two processes if they can share memory over an abstract socket: one boot, one network namespace."""
+    parts = []
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/net"):
+        with contextlib.suppress(OSError):
+            parts.append(os.readlink(path) if path.startswith("/proc/self/ns") else _read(path))
+    return hashlib.sha256(repr((parts or socket.gethostname(), os.geteuid())).encode()).digest()
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
+def why_not_shared(owner: Live, abi: int) -> str | None:
+    """Every rank tells whether it has the engine and where it runs; None if all can share memory, the reason if not."""
+    group = owner.group
+    deadline = time.monotonic() + owner.timeout_s
+    _set(owner, f"cpu/claim/{group.rank}", _CLAIM.pack(abi, host_identity()))
+    claims = []
+    for rank in range(group.size):
+        claims.append(_CLAIM.unpack(_get(owner, f"cpu/claim/{rank}", _CLAIM.size, rank, deadline)))
+    without = [r for r, (theirs, _) in enumerate(claims) if theirs == 0]
+    if without:
+        return f"ranks {without} have no engine" if without != list(range(group.size)) else "the engine is not built"
+    if len({theirs for theirs, _ in claims}) > 1:
+        return f"the ranks have engines of different versions, {[theirs for theirs, _ in claims]}"
+    hosts = len({host for _, host in claims})
+    return f"its {group.size} ranks are on {hosts} hosts" if hosts > 1 else None
+
+
+def open_region(owner: Live, native: Any, first_round: int = 0) -> Any:
+    """The engine's communicator of this rank. Raises RendezvousError, or PeerDiedError where a rank ends meanwhile."""
+    deadline = time.monotonic() + owner.timeout_s
+    with contextlib.ExitStack() as opened:
+        life = opened.enter_context(_descriptor(_own_life()))
+        if owner.group.rank == 0:
+            return _serve(owner, native, first_round, life, deadline, opened)
+        return _join(owner, native, life, deadline, opened)
+
+
+def _serve(owner: Live, native: Any, first_round: int, life: int, deadline: float, opened: contextlib.ExitStack) -> Any:
+    size = owner.group.size
+    nonce, name = secrets.randbits(64), secrets.token_bytes(16)
+    region = opened.enter_context(_descriptor(os.memfd_create("fcomm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)))
+    native.format(region, size, nonce, first_round)
+    listener = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    listener.bind(_abstract(name))
+    listener.listen(size)
+    _set(owner, "cpu/address", _ADDRESS.pack(name, nonce))
+    peers: dict[int, socket.socket] = {}
+    lives = {0: life}
+    while len(peers) < size - 1:
+        missing = [r for r in range(1, size) if r not in peers]
+        connection = opened.enter_context(_accept(owner, listener, missing, deadline))
+        if _peer_uid(connection) != os.geteuid():
+            continue
+        try:
+            hello, fds = _receive(connection, _HELLO.size, 1, min(deadline, time.monotonic() + 5.0))
+        except (OSError, EOFError):
+            continue  # a stranger, or a rank that died: the deadline names who is missing
+        theirs, rank = _HELLO.unpack(hello)
+        if theirs != nonce or rank not in missing or len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            continue
+        peers[rank] = connection
+        lives[rank] = opened.enter_context(_descriptor(fds[0]))
+    everyone = [lives[r] for r in range(size)]
+    for rank, connection in peers.items():
+        with _peer(owner, rank):
+            _send_fds(connection, [region, *everyone])
+    communicator, text = _map(owner, native, region, everyone, nonce)
+    reports = {0: text}
+    for rank, connection in peers.items():
+        with _peer(owner, rank):
+            ok, _ = _receive(connection, 1, 0, deadline)
+            reports[rank] = "" if ok == _READY else "it could not map its memory"
+    failed = {r: text for r, text in reports.items() if text}
+    for rank, connection in peers.items():
+        with _peer(owner, rank):
+            connection.sendall(_FAILED if failed else _READY)
+    return _unless(failed, owner, communicator)
+
+
+def _join(owner: Live, native: Any, life: int, deadline: float, opened: contextlib.ExitStack) -> Any:
+    rank, size = owner.group.rank or 0, owner.group.size
+    name, nonce = _ADDRESS.unpack(_get(owner, "cpu/address", _ADDRESS.size, 0, deadline))
+    connection = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    with _peer(owner, 0):
+        connection.settimeout(max(0.0, deadline - time.monotonic()) or 0.001)
+        connection.connect(_abstract(name))
+        if _peer_uid(connection) != os.geteuid():
+            raise RendezvousError(
+                f"cpu: the socket of rank 0 of group '{owner.group.name}' belongs to user {_peer_uid(connection)}, not "
+                f"to {os.geteuid()}; start all ranks as one user"
+            )
+        socket.send_fds(connection, [_HELLO.pack(nonce, rank)], [life])
+        fds = _receive_fds(connection, size + 1, deadline)
+    region, lives = fds[0], fds[1:]
+    for fd in fds:
+        opened.enter_context(_descriptor(fd))
+    communicator, text = _map(owner, native, region, lives, nonce)
+    with _peer(owner, 0):
+        connection.sendall(_FAILED if text else _READY)
+        verdict, _ = _receive(connection, 1, 0, deadline)
+    failed = {rank: text} if text else {} if verdict == _READY else {0: "a rank could not map its memory, see its log"}
+    return _unless(failed, owner, communicator)
+
+
+def _map(owner: Live, native: Any, region: int, lives: Sequence[int], nonce: int) -> tuple[Any, str]:
+    """The communicator, or None and the text of the error. It gets, and closes, descriptors of its own."""
+    group = owner.group
+    owned = [os.dup(fd) for fd in (region, *lives)]
+    try:
+        return native.open(owned[0], group.rank, group.size, tuple(owned[1:]), nonce, owner.timeout_s), ""
+    except (OSError, ValueError) as error:
+        for fd in owned:
+            os.close(fd)
+        return None, str(error)
+
+
+def _unless(failed: dict[int, str], owner: Live, communicator: Any) -> Any:
+    group = owner.group
+    if failed:
+        named = "; ".join(f"rank {r}: {text}" for r, text in sorted(failed.items()))
+        raise RendezvousError(
+            f"cpu: group '{group.name}' of size {group.size} could not open its shared memory: {named}; "
+            "check the limits of memory and of descriptors, or use fcomm.c10d",
+            group=group.name, rank=group.rank, culprits=failed,
+        )  # fmt: skip
+    return communicator
+
+
+# --- lives --------------------------------------------------------------------------------------------------------
+
+
+def _own_life() -> int:
+    """A descriptor that becomes readable when this process ends; whoever holds it need not see our process id."""
+    try:
+        return os.pidfd_open(os.getpid())
+    except OSError:
+        # An old kernel, or a filter that refuses the call. The end that we never close hangs up with us, though only
+        # when our forked children are gone too.
+        theirs, _ = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        return theirs
+
+
+@contextlib.contextmanager
+def _descriptor(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+# --- the socket ---------------------------------------------------------------------------------------------------
+
+
+def _abstract(name: bytes) -> bytes:
+    return b"\0fcomm." + name.hex().encode()
+
+
+def _accept(owner: Live, listener: socket.socket, missing: Sequence[int], deadline: float) -> socket.socket:
+    listener.settimeout(max(0.0, deadline - time.monotonic()) or 0.001)
+    try:
+        return listener.accept()[0]
+    except TimeoutError as error:
+        raise _absent(owner, missing) from error
+
+
+def _absent(owner: Live, missing: Sequence[int]) -> RendezvousError:
+    return RendezvousError(
+        f"cpu: ranks {list(missing)} of group '{owner.group.name}' of size {owner.group.size} did not open it within "
+        f"{owner.timeout_s} s; look at their logs for an earlier error, or for a rank that calls no collective on it",
+        group=owner.group.name, rank=owner.group.rank, culprits=missing,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _peer(owner: Live, rank: int) -> Iterator[None]:
+    """Errors on the socket to rank: it ended, or did not answer in time."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise _absent(owner, [rank]) from error
+    except (OSError, EOFError) as error:
+        raise PeerDiedError(
+            f"cpu: rank {rank} ended while group '{owner.group.name}' of size {owner.group.size} opened its shared "
+            "memory; look at that rank's log",
+            group=owner.group.name, rank=owner.group.rank, culprits=[rank],
+        ) from error  # fmt: skip
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
+
+
+def _receive(connection: socket.socket, nbytes: int, fds: int, deadline: float) -> tuple[bytes, list[int]]:
+    """Exactly nbytes, and the descriptors that came with them. EOFError where the peer ended."""
+    data = b""
+    received: list[int] = []
+    while len(data) < nbytes:
+        connection.settimeout(max(0.0, deadline - time.monotonic()) or 0.001)
+        if fds:
+            part, more = _recv_fds(connection, nbytes - len(data), fds)
+            received += more
+        else:
+            part = connection.recv(nbytes - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data, received
+
+
+def _recv_fds(connection: socket.socket, nbytes: int, fds: int) -> tuple[bytes, list[int]]:
+    # Not socket.recv_fds: its descriptors would be inherited by programs that this process starts.
+    found = array.array("i")
+    data, ancillary, _, _ = connection.recvmsg(nbytes, socket.CMSG_LEN(fds * found.itemsize), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(content[: len(content) - len(content) % found.itemsize])
+    return data, list(found)
+
+
+def _send_fds(connection: socket.socket, fds: Sequence[int]) -> None:
+    for k in range(0, len(fds), _FDS_PER_MESSAGE):
+        socket.send_fds(connection, [_READY], list(fds[k : k + _FDS_PER_MESSAGE]))
+
+
+def _receive_fds(connection: socket.socket, count: int, deadline: float) -> list[int]:
+    received: list[int] = []
+    while len(received) < count:
+        _, more = _receive(connection, 1, min(count - len(received), _FDS_PER_MESSAGE), deadline)
+        if not more:
+            raise EOFError
+        received += more
+    return received
+
+
+# --- the store ----------------------------------------------------------------------------------------------------
+
+
+def _set(owner: Live, key: str, value: bytes) -> None:
+    owner.store.set(key, value)  # type: ignore[arg-type]  # torch's stub says str, bytes arrive unchanged
+
+
+def _get(owner: Live, key: str, nbytes: int, rank: int, deadline: float) -> bytes:
+    """The value of that length that rank sets; polled, since a blocking wait would not see Ctrl-C."""
+    nap = 0.0005
+    while not owner.store.check([key]):
+        if time.monotonic() > deadline:
+            raise _absent(owner, [rank])
+        time.sleep(nap)
+        nap = min(2 * nap, 0.02)
+    value = bytes(owner.store.get(key))
+    if len(value) != nbytes:
+        raise RendezvousError(
+            f"cpu: rank {rank} of group '{owner.group.name}' left {len(value)} bytes under '{key}', not {nbytes}; "
+            "start all ranks with one version of fcomm"
+        )
+    return value
