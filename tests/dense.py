@@ -297,3 +297,193 @@ def _sequence_cases() -> list[LayerCase]:
 
 
 SEQUENCE = _sequence_cases()
+
+
+# --- experts ------------------------------------------------------------------------------------------------------
+
+TOKENS, CHOICES, CAPACITY = 5, 2, 1
+
+
+def _choices(x: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+    weight, expert = torch.topk(torch.softmax(x @ router.T, 1), CHOICES, 1)
+    return weight / weight.sum(1, keepdim=True), expert
+
+
+def moe(x: Tensor, router: Tensor, up: Tensor, down: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Every expert on every token, weighted by 0 where it was not chosen, or not kept."""
+    weight, expert = _choices(x, router)
+    if kept is not None:
+        weight = weight * kept
+    dense = torch.zeros(x.shape[0], up.shape[0], dtype=x.dtype).scatter(1, expert, weight)
+    each = torch.einsum("tef,edf->ted", F.gelu(torch.einsum("td,efd->tef", x, up)), down)
+    return torch.einsum("te,ted->td", dense, each)
+
+
+def moe_with_drops(x: Tensor, router: Tensor, up: Tensor, down: Tensor, *, n: int) -> Tensor:
+    """Each rank's tokens fill CAPACITY places of each expert, all first choices before second ones."""
+    expert = _choices(x, router)[1].detach()
+    kept = torch.zeros(expert.shape, dtype=torch.bool)
+    for tokens in torch.arange(x.shape[0]).chunk(n):
+        used = dict.fromkeys(range(up.shape[0]), 0)
+        for choice in range(CHOICES):
+            for t in tokens.tolist():
+                e = int(expert[t, choice])
+                kept[t, choice] = used[e] < CAPACITY
+                used[e] += 1
+    assert n == 1 or not kept.all(), "nothing was dropped: the case shows nothing"
+    return moe(x, router, up, down, kept)
+
+
+def _moe_args(n: int, missing: int = 0) -> list[Tensor]:
+    return [draw(n * TOKENS, 4, seed=1), draw(2 * n - missing, 4, seed=2, scale=2.0),
+            draw(2 * n, 3, 4, seed=3), draw(2 * n, 4, 3, seed=4)]  # fmt: skip
+
+
+def _moe(
+    layer: Callable[..., Tensor],
+    x: Tensor,
+    router: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    group: Any,
+    backend: Any,
+    **rest: Any,
+) -> Tensor:
+    weight, expert = layers.route(x, router, group, backend, k=CHOICES)
+    return layer(x, weight, expert, up, down, group, backend, **rest)
+
+
+def _counts(n: int) -> list[list[int]]:
+    """What expert_counts gives: how many choices of each rank fell on each expert."""
+    x, router, *_ = _moe_args(n)
+    return [torch.bincount(c.reshape(-1), minlength=2 * n).tolist() for c in _choices(x, router)[1].chunk(n)]
+
+
+# Known before the layer runs: simulated ranks cannot bring a number to the host.
+COUNTS = {n: _counts(n) for n in (1, 2, 3, 4)}
+
+
+def _moe_of_counts(*parts: Tensor, group: Any, **rest: Any) -> Tensor:
+    return _moe(partial(layers.moe_uneven, counts=COUNTS[group.size]), *parts, group=group, **rest)
+
+
+def _expert_case(id: str, parallel: Any, dense: Any, args: Any, forward: Any, backward: Any, **rest: Any) -> LayerCase:
+    return LayerCase(id, parallel, dense, args, [0, None, 0, 0], 0, forward, backward, **rest)
+
+
+_SWAPPED = _always(all_to_all=2, all_reduce_invariant=1)
+EXPERT = [
+    _expert_case("moe_capacity", partial(_moe, partial(layers.moe_capacity, capacity=TOKENS)), moe, _moe_args,
+                 _always(all_to_all=2), _SWAPPED),
+    _expert_case("moe_capacity-experts", partial(_moe, partial(layers.moe_capacity, capacity=TOKENS)), moe,
+                 partial(_moe_args, missing=1), _always(all_to_all=2), _SWAPPED, sizes=(2, 3, 4)),
+    _expert_case("moe_capacity-drops", partial(_moe, partial(layers.moe_capacity, capacity=CAPACITY)), moe_with_drops,
+                 _moe_args, _always(all_to_all=2), _SWAPPED, dense_takes_n=True),
+    _expert_case("moe_ragged", partial(_moe, layers.moe_ragged), moe, _moe_args,
+                 _always(ragged_all_to_all=2, all_to_all=4, scan=1),
+                 _always(ragged_all_to_all=2, all_to_all=4, all_reduce_invariant=1)),
+    _expert_case("moe_uneven", _moe_of_counts, moe, _moe_args, _always(all_to_all=2), _SWAPPED),
+]  # fmt: skip
+
+
+# --- worked models ------------------------------------------------------------------------------------------------
+
+
+def gpt(params: dict[str, Tensor], tokens: Tensor, target: Tensor, model: layers.GPT) -> Tensor:
+    x = F.embedding(tokens, params["embed"]) + params["position"]
+    for i in range(model.blocks):
+        x = block(x, *(params[f"{i}.{name}"] for name in BLOCK))
+    x = F.rms_norm(x, (model.width,), params["norm"], 1e-6)
+    return F.cross_entropy((x @ params["embed"].T).flatten(0, 1), target.flatten())
+
+
+def _stream(x: Tensor, cond: Tensor, modulation: Tensor, qkv: Tensor) -> tuple[Any, Tensor]:
+    changes = [c[:, None] for c in (F.silu(cond) @ modulation.T).chunk(6, 1)]
+    y = F.layer_norm(x, x.shape[-1:]) * (1 + changes[1]) + changes[0]
+    return changes, torch.stack([torch.einsum("bsd,hcd->bshc", y, w) for w in qkv])
+
+
+def diffusion(patches: Tensor, text: Tensor, cond: Tensor, *params: Tensor) -> Tensor:
+    both = [(patches, *params[:5]), (text, *params[5:])]
+    changes, qkv = zip(*(_stream(x, cond, *p[:2]) for x, *p in both), strict=True)
+    y = sdpa(*torch.cat(qkv, 2), causal=False).split([patches.shape[1], text.shape[1]], 1)
+    results = []
+    for (x, _, _, out, up, down), change, attended in zip(both, changes, y, strict=True):
+        x = x + change[2] * torch.einsum("bshc,dhc->bsd", attended, out)
+        h = F.layer_norm(x, x.shape[-1:]) * (1 + change[4]) + change[3]
+        results.append(x + change[5] * (F.gelu(h @ up.T) @ down.T))
+    return results[0] + results[1].sum(1, keepdim=True)
+
+
+def _diffusion(patches: Tensor, text: Tensor, cond: Tensor, *params: Tensor, group: Any, backend: Any) -> Tensor:
+    own, of_text = (dict(zip(layers.STREAM, p, strict=True)) for p in (params[:5], params[5:]))
+    patches, text = layers.diffusion_block(patches, text, cond, own, of_text, group, backend)
+    # The text is one value, and here it meets other patches on every rank.
+    return patches + fcomm.pvary(text.sum(1, keepdim=True), group, backend)
+
+
+def _diffusion_args(n: int) -> list[Tensor]:
+    d = 4
+    stream = ((6 * d, d), (3, n, 3, d), (d, n, 3), (5, d), (d, 5))
+    return [draw(2, 2 * n, d, seed=1), draw(2, 3, d, seed=2), draw(2, d, seed=3),
+            *(draw(*shape, seed=10 + i) for i, shape in enumerate(stream + stream))]  # fmt: skip
+
+
+MODELS = [
+    LayerCase("diffusion_block", _diffusion, diffusion, _diffusion_args, [1, *[None] * 12], 1,
+              _always(all_to_all=2, all_gather_invariant=1),
+              _always(all_to_all=2, all_gather_invariant=1, all_reduce_invariant=2)),
+]  # fmt: skip
+
+
+# --- pipeline and sharded parameters ------------------------------------------------------------------------------
+
+
+def stages(micro: Tensor, weight: Tensor) -> Tensor:
+    """All stages one after the other: weight [n D D], micro [M B D]."""
+    for w in weight:
+        micro = micro + torch.tanh(micro @ w.T)
+    return micro
+
+
+def _gpipe(micro: Tensor, weight: Tensor, *, group: Any, backend: Any) -> Tensor:
+    y = layers.gpipe(lambda x: x + torch.tanh(x @ weight[0].T), micro, group, backend)
+    return layers.from_last(y, group, backend)
+
+
+def _pulled_from_first(micro: Tensor, weight: Tensor, *, group: Any, backend: Any) -> Tensor:
+    """micro as one value: only the first rank's use of it counts, and its cotangent is wanted on all ranks."""
+    return _gpipe(fcomm.pvary(micro, group, backend), weight, group=group, backend=backend)
+
+
+def zero_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return mlp(x, up, None, down, None)
+
+
+def _zero(x: Tensor, *shards: Tensor, group: Any, backend: Any) -> Tensor:
+    n = group.size
+    up, down = layers.gather_parameters(shards, [(2 * n, 3), (3, 2 * n)], group, backend)
+    return zero_mlp(x, up, down)
+
+
+def _zero_args(n: int) -> list[Tensor]:
+    return [draw(2 * n, 4, 3, seed=1), draw(6 * n, seed=2), draw(6 * n, seed=3)]
+
+
+def _replicated(x: Tensor, *params: Tensor, group: Any, backend: Any) -> Tensor:
+    return mlp(x, *layers.replicate(params, group, backend))
+
+
+OTHERS = [
+    LayerCase("gpipe", _pulled_from_first, stages, lambda n: [draw(3, 2, 4, seed=1), draw(n, 4, 4, seed=2)],
+              [None, 0], None, lambda n: {"ppermute": n + 1, "all_reduce_invariant": 1},
+              lambda n: {"ppermute": n + 1, "all_reduce_invariant": 1}),
+    LayerCase("replicate", _replicated, mlp, _mlp_args, [0, *[None] * 4], 0, _always(), _always(all_reduce_invariant=1),
+              sizes=(1, 2)),
+    LayerCase("gather_parameters", _zero,
+              lambda x, up, down: zero_mlp(x, up.reshape(-1, 3), down.reshape(3, -1)), _zero_args, [0, 0, 0], 0,
+              _always(all_gather=1), _always(reduce_scatter=1)),
+]  # fmt: skip
+
+CASES = {case.id: case for case in TENSOR + SEQUENCE + EXPERT + MODELS + OTHERS}

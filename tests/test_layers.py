@@ -12,7 +12,7 @@ from torch import Tensor
 import fcomm
 from fcomm.testing import run_ranks
 
-CASES = {case.id: case for case in dense.TENSOR + dense.SEQUENCE}
+CASES = dense.CASES
 CELLS = [(name, n) for name, case in CASES.items() for n in case.sizes]
 
 

@@ -1,6 +1,6 @@
 """Expert parallelism: every rank of `group` has some of the experts, and tokens travel to the experts they chose.
 
-    T  tokens of a rank    D  model width    F  hidden width    E  experts, e = E/n on each rank    k  choices of a token
+    T  tokens of a rank    D  model width    F  hidden width    E  experts, e = E/n on a rank    k  choices of a token
 
         rank 0  tokens a b        experts 0 1            a -> 0, 3      results come back, and are added up
         rank 1  tokens c d        experts 2 3            b -> 1, 2      with the router's weights
@@ -10,10 +10,10 @@
 
 The three differ in how the tokens travel, hence in what is on the host, and in what is dropped:
 
-    function        sizes of messages               tokens            exchanges forward               rows an expert rank works on
-    moe_capacity    fixed: c of each expert         over c: dropped   2 all_to_all                    E c
-    moe_ragged      tensors, on the device          all kept          2 ragged_all_to_all, 3 small    room for n k T
-    moe_uneven      on the host: counts             all kept          2 uneven all_to_all             those that came
+    function        sizes of messages         tokens            exchanges forward              rows of a rank's experts
+    moe_capacity    fixed: c of each expert   over c: dropped   2 all_to_all                   E c
+    moe_ragged      tensors, on the device    all kept          2 ragged_all_to_all, 3 small   room for n k T
+    moe_uneven      on the host: counts       all kept          2 uneven all_to_all            those that came
 
 Backward: the same exchanges the other way, and the router's gradient is all-reduced, for it meets other tokens on each
 rank. Integers have no derivative, so the small exchanges of sizes are not repeated.
@@ -46,15 +46,23 @@ def route(x: Tensor, router: Tensor, group: Group, backend: Backend, *, k: int) 
 
 
 def moe_capacity(
-    x: Tensor, weight: Tensor, expert: Tensor, up: Tensor, down: Tensor, group: Group, backend: Backend, *, capacity: int
+    x: Tensor,
+    weight: Tensor,
+    expert: Tensor,
+    up: Tensor,
+    down: Tensor,
+    group: Group,
+    backend: Backend,
+    *,
+    capacity: int,
 ) -> Tensor:
     """Each rank sends each expert a box of `capacity` rows, some empty; what does not fit is dropped (adds zero).
 
         rank 0  boxes [E c D]      [e n*c D]              [e n*c D]      [E c D]
         rank 1  boxes [E c D]  ->  [e n*c D]  experts ->  [e n*c D]  ->  [E c D]
 
-    First choices are packed before second ones (Lepikhin et al., "GShard"). Experts may be more than the router has: pad
-    E to a multiple of n. Traffic: two all_to_alls of E c D elements.
+    First choices are packed before second ones (Lepikhin et al., "GShard"). There may be more experts than the router
+    has rows: pad E to a multiple of n. Traffic: two all_to_alls of E c D elements.
     """
     experts = group.size * up.shape[0]
     slot = _slots(expert, experts, capacity)
@@ -73,7 +81,8 @@ def _slots(expert: Tensor, experts: int, capacity: int) -> Tensor:
     chosen = expert.T.reshape(-1)
     hot = _one_hot(chosen, experts)
     place = (hot.cumsum(0) * hot).sum(1) - 1
-    return torch.where(place < capacity, chosen * capacity + place, experts * capacity).reshape(expert.T.shape).T
+    slot: Tensor = torch.where(place < capacity, chosen * capacity + place, experts * capacity)
+    return slot.reshape(expert.shape[1], -1).transpose(0, 1)
 
 
 def moe_ragged(
@@ -92,8 +101,8 @@ def moe_ragged(
 
     (A backend without a ragged exchange of its own does one inside ragged_all_to_all.)
     rows: how many rows this rank has room for; left out, the n k T that can come at worst. More than fit is an error.
-    experts: the local experts, by default masked_experts. Traffic: k T D elements each way; counts, places and sizes of n
-    integers besides.
+    experts: the local experts, by default masked_experts. Traffic: k T D elements each way; besides, counts and places
+    of n or E integers.
     """
     n, local = group.size, up.shape[0]
     order, counts = _sorted(expert, n * local)
@@ -126,9 +135,9 @@ def moe_uneven(
 ) -> Tensor:
     """Every token reaches its experts, by messages whose sizes the host knows.
 
-    counts: counts[r][j] rows go from rank r to expert j, the same on all ranks: expert_counts(..).tolist(), the one host
-    synchronisation. No room is wasted, and the result of routing is data of the program: compiled, it is one graph for
-    each counts. Traffic: k T D elements each way.
+    counts: counts[r][j] rows go from rank r to expert j, the same on all ranks: expert_counts(..).tolist(), the one
+    host synchronisation. No room is wasted; but the sizes are part of the program: compiled, each counts is a graph of
+    its own. Traffic: k T D elements each way.
     """
     n, local = group.size, up.shape[0]
     order, _ = _sorted(expert, n * local)
@@ -142,7 +151,7 @@ def moe_uneven(
 
 
 def expert_counts(expert: Tensor, experts: int, group: Group, backend: Backend) -> Tensor:
-    """[n E]: how many choices of each rank's tokens fell on each expert, on every rank. Traffic: E integers per rank."""
+    """[n E]: how many choices of each rank's tokens fell on each expert. Traffic: all_gather of E integers."""
     return all_gather(_one_hot(expert.reshape(-1), experts).sum(0), group, backend, tiled=False)
 
 

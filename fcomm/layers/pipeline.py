@@ -1,0 +1,121 @@
+"""Pipeline parallelism: rank r of `group` has stage r of the model, and a batch passes in M micro-batches.
+
+    n  group.size    M  micro-batches    t  tick
+
+    GPipe, n = 3, M = 4      F0 F1 F2 F3 .  .  | .  .  B3 B2 B1 B0       all forwards, then all backwards
+                             .  F0 F1 F2 F3 .  | .  B3 B2 B1 B0 .
+                             .  .  F0 F1 F2 F3 | B3 B2 B1 B0 .  .
+
+    1F1B, n = 3, M = 4       F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3         a backward as soon as there is one:
+                             .  F0 F1 .  B0 F2 B1 F3 B2 .  B3 .          rank r holds n - r micro-batches, not M
+                             .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .
+
+Both idle for (n-1) of (M+n-1) ticks. What moves from stage to stage is one micro-batch's activations, M times forward
+and M times backward, and no line below says how a cotangent travels: in gpipe the derivative of ppermute is the inverse
+ppermute; in one_f_one_b that of send receives, and that of recv sends.
+
+    gpipe          one differentiable function, the same program on all ranks: simulated, in processes, compiled
+    one_f_one_b    in processes: each rank has a program of its own, so there is no simulated axis of it
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from fcomm.collectives import all_reduce_invariant, axis_index, ppermute, recv, send
+from fcomm.errors import FcommError
+from fcomm.group import Backend, Group
+
+Params = Mapping[str, Tensor]
+
+
+def gpipe(stage: Callable[[Tensor], Tensor], micro: Tensor, group: Group, backend: Backend) -> Tensor:
+    """All micro-batches through all stages: rank r starts micro-batch m at tick m + r.
+
+        rank 0  micro [M ..]      zeros [M ..]
+        rank 1  ignored       ->  stage 1(stage 0(micro)) [M ..]
+
+    stage: this rank's stage, [..] -> [..] of one shape; in the ticks without a micro-batch for it, it runs on what
+    there is, zeros at first, and nobody reads the result. torch.utils.checkpoint around stage keeps its inputs only.
+    Traffic: M+n-2 ppermutes of a micro-batch forward, as many backward.
+    """
+    n, count = group.size, micro.shape[0]
+    rank = axis_index(group, backend).to(micro.device)
+    arrived, results = torch.zeros_like(micro[0]), []
+    for tick in range(count + n - 1):
+        fresh = micro[tick] if tick < count else torch.zeros_like(micro[0])
+        y = stage(torch.where(rank == 0, fresh, arrived))
+        if tick >= n - 1:
+            results.append(y)
+        if tick < count + n - 2:
+            arrived = ppermute(y, group, backend, perm=[(r, r + 1) for r in range(n - 1)])
+    return torch.where(rank == n - 1, torch.stack(results), 0.0)
+
+
+def from_last(x: Tensor, group: Group, backend: Backend) -> Tensor:
+    """The last rank's x, such as the loss, for the same use on all ranks.
+
+        rank 0  [a]      [b]
+        rank 1  [b]  ->  [b]
+
+    Traffic: all_reduce forward, none backward.
+    """
+    last = axis_index(group, backend).to(x.device) == group.size - 1
+    return all_reduce_invariant(torch.where(last, x, 0.0), group, backend)
+
+
+def one_f_one_b(
+    stage: Callable[[Params, Tensor], Tensor],
+    loss: Callable[[Tensor, int], Tensor],
+    params: Params,
+    micro: Tensor,
+    group: Group,
+    backend: Backend,
+    *,
+    in_flight: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of the micro-batches' losses, on all ranks, and its gradient by this rank's params.
+
+    stage(params, x): this rank's stage, [..] -> [..] of one shape. loss(y, m): of the last stage's result for
+    micro-batch m; called on the last rank only. micro: [M ..], the first rank's are used, all have one shape.
+    in_flight: micro-batches whose backward is outstanding; left out, n - rank, which is 1F1B; M is GPipe's order.
+    Traffic: M sends and M recvs of a micro-batch's bytes each way, and one all_reduce of the loss.
+    Raises FcommError on a simulated axis.
+    """
+    if group.simulated or group.rank is None:
+        raise FcommError(f"one_f_one_b: '{group.name}' is no group of processes of which this is one; use gpipe")
+    rank, last = group.rank, group.rank == group.size - 1
+    total = micro.new_zeros(())
+    gradient = {name: torch.zeros_like(p) for name, p in params.items()}
+    pending: deque[tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]]] = deque()
+
+    def forward(m: int) -> None:
+        def program(params: Params, like: Tensor) -> Tensor:
+            x = micro[m] if rank == 0 else recv(like, group, backend, src=rank - 1)
+            y = stage(params, x)
+            return loss(y, m) if last else send(y, group, backend, dst=rank + 1)
+
+        result, pull = vjp(program, dict(params), torch.zeros_like(micro[m]))[:2]
+        pending.append((result, pull))
+
+    def backward() -> None:
+        # Off the last rank the result is send's token: its pull waits for the cotangent, and recv's sends it on.
+        result, pull = pending.popleft()
+        part, _ = pull(torch.ones_like(result))
+        for name, g in part.items():
+            gradient[name] += g
+        if last:
+            total.add_(result)
+
+    for m in range(micro.shape[0]):
+        forward(m)
+        if len(pending) >= (group.size - rank if in_flight is None else in_flight):
+            backward()
+    while pending:
+        backward()
+    return from_last(total, group, backend), gradient
