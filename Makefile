@@ -18,6 +18,11 @@ check: .venv/ready
 	$(BIN)/ruff check fcomm tests
 	$(BIN)/mypy
 
+# random programs against plain torch, for as long as you like
+MINUTES ?= 20
+fuzz: .venv/ready
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
+
 # torch is pinned: a looser range would fetch a build with CUDA, which is gigabytes.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
