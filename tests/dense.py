@@ -37,6 +37,9 @@ class LayerCase:
     sizes: Sequence[int] = (1, 2, 3, 4)
     dense_takes_n: bool = False
 
+    def whole(self, n: int) -> Callable[..., Tensor]:
+        return partial(self.dense, n=n) if self.dense_takes_n else self.dense
+
 
 def stack_parts(x: Tensor, dim: int | None, n: int) -> Tensor:
     """Each rank's part of a whole tensor, ranks in the leading dimension."""
@@ -47,17 +50,22 @@ def differentiable(args: Sequence[Tensor]) -> list[int]:
     return [i for i, x in enumerate(args) if x.is_floating_point()]
 
 
-def value_and_vjp(fn: Callable[..., Tensor], args: Sequence[Tensor], ct: Tensor) -> list[Tensor]:
-    """[fn(*args), then the cotangent of every float argument]."""
+def of_floats(fn: Callable[..., Tensor], args: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """fn as a function of its float arguments alone."""
     places = differentiable(args)
 
-    def of_floats(*floats: Tensor) -> Tensor:
+    def of(*floats: Tensor) -> Tensor:
         full = list(args)
         for i, x in zip(places, floats, strict=True):
             full[i] = x
         return fn(*full)
 
-    y, pull = vjp(of_floats, *(args[i] for i in places))
+    return of
+
+
+def value_and_vjp(fn: Callable[..., Tensor], args: Sequence[Tensor], ct: Tensor) -> list[Tensor]:
+    """[fn(*args), then the cotangent of every float argument]."""
+    y, pull = vjp(of_floats(fn, args), *(args[i] for i in differentiable(args)))
     return [y, *pull(ct)]
 
 
@@ -72,7 +80,7 @@ class Expected:
 
 def expected(case: LayerCase, n: int) -> Expected:
     wholes = list(case.args(n))
-    dense = partial(case.dense, n=n) if case.dense_takes_n else case.dense
+    dense = case.whole(n)
     y = dense(*wholes)
     ct = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(7))
     results = value_and_vjp(dense, wholes, ct)
