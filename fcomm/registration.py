@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,41 +31,8 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 
 from fcomm.errors import FcommError
 from fcomm.group import BACKENDS, GROUPS, Backend, Group
+from fcomm.record import Record, Rule, always_linear, check_record
 from fcomm.rendezvous import live
-
-Rule = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Record:
-    """Everything that makes a collective; the fields of define(), which documents them."""
-
-    name: str
-    schema: str
-    spec: Rule
-    shape: Rule
-    vjp: Rule | None
-    jvp: Rule | str | None
-    dims: tuple[str, ...]
-    inputs: tuple[str, ...]
-    aux: tuple[str, ...]
-    nonlinear: Callable[..., bool]
-    replicated: tuple[str, ...]
-    busbw: Callable[[int], float] | None
-    compose: Rule | None
-    batch: Rule | None
-    dtype: torch.dtype | None
-
-    @property
-    def params(self) -> tuple[str, ...]:
-        """Names of the static parameters, in schema order."""
-        return tuple(p.split("=")[0].split()[-1] for p in self.schema.split(",") if p.strip())
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """Names of the tensor arguments, in schema order."""
-        return self.inputs + self.aux
-
 
 RECORDS: dict[str, Record] = {}
 _OPS: dict[str, Any] = {}
@@ -99,7 +65,8 @@ def define(
 ) -> Record:
     """Register a collective under fcomm::<name>, to be called with apply(name, x, group, backend, *params).
 
-    schema: static parameters in torch's schema language, "int dim, bool tiled"; rules get them by keyword.
+    schema: static parameters in torch's schema language, "int dim, bool tiled"; rules get them by keyword. Types are
+        int, SymInt, float, bool, str, with [] for a list and ? for None; no defaults.
     spec: the meaning. spec(xs, **params) -> ys over the lists of all ranks' tensors, in differentiable torch; with
         several tensors spec(list, list, ..., **params). It is the simulator and the oracle of every gradient test.
     shape: shape(x_shape, group, **params) -> shape of the result on this rank; must accept symbolic sizes. With several
@@ -114,14 +81,23 @@ def define(
         the result is; tests pair the derivative accordingly.
     busbw: size -> factor from algorithm to bus bandwidth (nccl-tests, doc/PERFORMANCE.md).
     compose: compose(x, group, backend, **params), used on backends that have no lowering of this name.
-    batch: batch(call, in_dims, tensors, params) -> (result, batch dim), where moving the batch dim first is not enough.
+    batch: batch(call, size, in_dims, tensors) -> (result, batch dim), where moving the batch dim first is not enough;
+        call(*tensors) is the collective on less batched tensors, size the length of the batch.
     dtype: of the result, where it is not x's.
+
+    Raises FcommError, and registers nothing, if a field is malformed or the name is taken: a collective is defined once
+    in a process.
     """
     record = Record(
-        name, schema, spec, shape, vjp, jvp, tuple(dims), tuple(inputs), tuple(aux), nonlinear or (lambda **_: False),
+        name, schema, spec, shape, vjp, jvp, tuple(dims), tuple(inputs), tuple(aux), nonlinear or always_linear,
         tuple(replicated), busbw, compose, batch, dtype,
     )  # fmt: skip
-    RECORDS[name] = record
+    check_record(record)
+    if name in RECORDS:
+        raise FcommError(
+            f"define: '{name}' is defined already, by {RECORDS[name].spec.__module__}; choose another name, since "
+            "graphs compiled with the first rules would keep them"
+        )
     tensors = "".join(f"Tensor {t}, " for t in record.tensors)
     params = f"{schema.strip(', ')}, " if record.params else ""
     _LIB.define(f"{name}({tensors}Tensor? index, {params}str group, str backend) -> Tensor", tags=_TAGS)
@@ -132,6 +108,7 @@ def define(
     torch.library.register_vmap(f"fcomm::{name}", _batching_kernel(record, op), lib=_LIB)
     # Otherwise the compiler drops an unused result, and if only one rank leaves it unused, the others wait for ever.
     torch.fx.node.has_side_effect(op)
+    RECORDS[name] = record
     return record
 
 
