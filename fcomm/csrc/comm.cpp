@@ -28,7 +28,7 @@
 namespace fcomm {
 namespace {
 
-constexpr int kMostSpins = 2000, kLeastSpins = 100;  // about 40 and 2 us
+constexpr int kMostSpins = 2000;  // about 50 us
 
 std::atomic<unsigned> fork_generation{0};
 std::atomic<int (*)(void)> interrupt_hook{nullptr};
@@ -101,19 +101,35 @@ fcomm_status deadline(fcomm_comm &c, int peer, std::uint32_t round, Among among)
   return poison(c, FCOMM_TIMEOUT, culprit, round);
 }
 
+// Yields that nobody takes up are as good as spinning and cost nobody anything; those that somebody takes up say that
+// the core is shared, perhaps with the very peer that is waited for: then spinning is waste. So we learn how long to spin.
+bool yield_awhile(fcomm_comm &c, const Flag &word, std::uint32_t target) {
+  constexpr std::int64_t kAwake = 1'000'000, kTaken = 4'000;
+  constexpr int kYields = 20;
+  const std::int64_t start = now_ns();
+  int taken = 0;
+  bool there = false;
+  for (std::int64_t before = start; !there && taken < kYields && before - start < kAwake;) {
+    sched_yield();
+    const std::int64_t after = now_ns();
+    taken += after - before > kTaken;
+    before = after;
+    there = reached(word.load(std::memory_order_acquire), target) || c.header().poison.load(std::memory_order_relaxed);
+  }
+  c.spins = taken ? c.spins - (c.spins + 3) / 4 : std::min(kMostSpins, c.spins + c.spins / 8 + 10);
+  return there;
+}
+
 fcomm_status wait_slowly(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std::uint32_t target, Among among) {
   constexpr std::int64_t kFirstSlice = 1'000'000, kLastSlice = 20'000'000, kBusySlice = 200'000;
   const std::uint32_t round = among == Among::kAll ? target : c.round;  // a ring counts pieces, not rounds
   const std::int64_t start = now_ns();
   std::int64_t slice = kFirstSlice;
-  for (int k = 0;; ++k) {
+  if (!c.pending_count) yield_awhile(c, word, target);
+  for (;;) {
     const bool busy = c.pending_count && progress(c);
     if (reached(word.load(std::memory_order_acquire), target)) return FCOMM_OK;
     if (const std::uint64_t w = c.header().poison.load(std::memory_order_acquire)) return observe(c, w);
-    if (k < c.yields) {
-      sched_yield();
-      continue;
-    }
     if (const fcomm_status s = look_for_the_dead(c, peer, word, target, among, round)) return s;
     if (const auto hook = interrupt_hook.load(); hook && hook()) return poison(c, FCOMM_INTERRUPTED, c.rank, round);
     const std::int64_t left = start + c.timeout_ns - now_ns();
@@ -191,11 +207,9 @@ std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
 }
 
 bool past_caches(const fcomm_comm &c, std::size_t touched) {
-  static const std::size_t cache = [] {
-    const long last_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return last_level > 0 ? std::size_t(last_level) : std::size_t(32) << 20;
-  }();
-  return touched >= cache / std::size_t(c.size);
+  // Not what sysconf tells of the last level: virtual machines report all sockets' together (320 MB seen for 32).
+  constexpr std::size_t kLastLevel = 32 << 20;
+  return touched >= kLastLevel / std::size_t(c.size);
 }
 
 void wake(Flag &word) {
@@ -218,13 +232,8 @@ fcomm_status wait_for(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std::u
   if (!c.pending_count) {
     for (int k = 0; k < c.spins; ++k) {
       pause();
-      if (reached(word.load(std::memory_order_acquire), target)) {
-        c.spins = std::min(c.spins_most, c.spins + c.spins / 16 + 1);
-        return FCOMM_OK;
-      }
+      if (reached(word.load(std::memory_order_acquire), target)) return FCOMM_OK;
     }
-    // Spinning in vain: the peer is computing, or waits for the core that we hold. Spin less for a while.
-    if (c.spins > kLeastSpins) c.spins -= c.spins / 8;
   }
   return wait_slowly(c, peer, word, waiters, target, among);
 }
@@ -333,8 +342,7 @@ fcomm_status fcomm_attach(void *region, int rank, int size, const int *life_fds,
   c->pending.resize(std::size_t(size));
   c->ring_ready.resize(std::size_t(size));
   const bool crowded = size > allowed_cores();
-  c->spins = c->spins_most = crowded ? 0 : kMostSpins;
-  c->yields = crowded ? 20 : 50;
+  c->spins = crowded ? 0 : kMostSpins;  // to start with
   // Touch our own slots now: a lack of memory is an error here and a SIGBUS later, and on a machine with several
   // memory nodes the pages come to lie where their writer runs.
   char *own = c->in_slot(rank, 0);

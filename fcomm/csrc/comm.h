@@ -33,7 +33,7 @@ struct fcomm_comm {
   std::uint32_t round = 0;  // last one this rank published
   std::uint64_t fingerprint = 0;
   std::int64_t timeout_ns = 0;
-  int spins = 0, spins_most = 0, yields = 0;
+  int spins = 0;  // before yielding; adapts
   unsigned fork_generation = 0;
   bool closed = false, broken = false;
   fcomm_failure failure{};
