@@ -5,7 +5,15 @@ check.py       Case, check_collective: one collective through all transforms, si
 strategies.py  hypothesis strategies of groups, permutations, sizes and tensors (needs hypothesis)
 """
 
-from fcomm.testing.check import Case, check_case, check_collective, run_ranks
+from fcomm.testing.check import Case, check_case, check_collective, reason_to_leave_out, run_ranks
 from fcomm.testing.transforms import TRANSFORMS, Transform
 
-__all__ = ["TRANSFORMS", "Case", "Transform", "check_case", "check_collective", "run_ranks"]
+__all__ = [
+    "TRANSFORMS",
+    "Case",
+    "Transform",
+    "check_case",
+    "check_collective",
+    "reason_to_leave_out",
+    "run_ranks",
+]

@@ -1,8 +1,9 @@
 """What each transform of torch does with a collective on one rank, and what must come out on all of them.
 
-A transform is a pair. Its program runs on every rank, where derivatives are the hand-written rules; its oracle runs once,
-on the stack of all ranks' values, where derivatives are torch's own, of the executable meaning. x is the argument, ct a
-cotangent, t a tangent. Simulated or in processes, eager or compiled, the program must return the oracle's rows.
+A transform is a pair. Its program runs on every rank, where derivatives are the hand-written rules; its oracle runs
+once, on the stack of all ranks' values, where derivatives are torch's own, of the executable meaning. x is the
+argument, ct a cotangent, t a tangent. Simulated or in processes, eager or compiled, the program must return the
+oracle's rows.
 """
 
 from __future__ import annotations
@@ -55,12 +56,14 @@ class Transform:
 
     differentiates: whether it asks for a derivative.
     nests: whether it runs under another transform. simulate is one, so a transform that does not is put around it.
+    around_compiled: whether torch.compile takes what the program is given, and not the whole program.
     """
 
     program: Callable[[Map, Tensor, Tensor, Tensor], Any]
     oracle: Callable[[Meaning, Tensor, Tensor, Tensor], Any]
     differentiates: bool = True
     nests: bool = True
+    around_compiled: bool = False
 
 
 def _loss(f: Map) -> Map:
@@ -235,7 +238,7 @@ TRANSFORMS: dict[str, Transform] = {
         lambda f, x, ct, t: vmap(lambda x, t: _push(f, x, t), in_dims=(-1, None))(torch.stack(_examples(x), -1), t),
         lambda m, x, ct, t: _each(m.rows_y, lambda e: _push(m.fn, e, t), x),
     ),
-    "backward": Transform(_backward_program, _vjp_oracle, nests=False),
+    "backward": Transform(_backward_program, _vjp_oracle, nests=False, around_compiled=True),
     "double backward": Transform(_double_backward_program, _double_vjp_oracle, nests=False),
     "forward mode": Transform(_dual_program, _jvp_oracle, nests=False),
     "checkpoint": Transform(

@@ -1,0 +1,37 @@
+"""Collects the cells of the matrix (tests/matrix.py) that a run has checked, and writes them to out/matrix.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from matrix import Cell, all_cells, reason, table
+
+CHECKED: set[Cell] = set()
+OUT = Path(__file__).parent.parent / "out"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        for key, value in report.user_properties:
+            if key == "cells":
+                CHECKED.update(map(tuple, value))  # type: ignore[arg-type]  # pairs come back from workers as lists
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput") or not CHECKED:
+        return
+    expected = {cell for cell in all_cells() if reason(cell) is None}
+    missing = sorted(expected - CHECKED)
+    OUT.mkdir(exist_ok=True)
+    lines = [f"{len(expected & CHECKED)} of {len(expected)} cells were checked by this run.", "", table(), ""]
+    lines += [f"- not in this run: {' '.join(cell)}" for cell in missing]
+    (OUT / "matrix.md").write_text("\n".join(lines) + "\n")
+    whole = session.config.args == session.config.getini("testpaths") and not session.config.option.keyword
+    if whole and missing:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if CHECKED:
+        terminalreporter.write_line(f"matrix: {len(CHECKED)} cells checked, see out/matrix.md")

@@ -1,0 +1,45 @@
+"""Every collective through every transform on simulated ranks, eager and compiled, against autograd of the meaning.
+
+The same in processes is in test_c10d.py and test_cpu.py, on the vendors' lowerings in test_nccl.py and test_hccl.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from cases import CASES
+from matrix import COLLECTIVES, record
+
+import fcomm
+from fcomm.testing import check_case
+
+Record = Callable[[str, object], None]
+
+
+def check(case_id: str, size: int, record_property: Record, compiler: str | None = None) -> None:
+    case = CASES[case_id]
+    failures = check_case(case, fcomm.sim, fcomm.axis(case.name, size), compiler=compiler)
+    assert not failures, "\n".join(failures)
+    record(record_property, [case], "sim", compiled=compiler is not None)
+
+
+@pytest.mark.parametrize(("case_id", "size"), [(c.id, n) for c in CASES.values() for n in c.sizes])
+def test_eager(case_id: str, size: int, record_property: Record) -> None:
+    check(case_id, size, record_property)
+
+
+# Three ranks: with two, a permutation is its own inverse. The first case of each collective is compiled in every run.
+FIRST = [next(case.id for case in CASES.values() if case.name == name) for name in COLLECTIVES]
+REST = [pytest.param(case_id, marks=pytest.mark.long) for case_id in CASES if case_id not in FIRST]
+
+
+@pytest.mark.parametrize("case_id", [*FIRST, *REST])
+def test_compiled(case_id: str, record_property: Record) -> None:
+    check(case_id, 3, record_property, compiler="aot_eager")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("case_id", "size"), [(c.id, n) for c in CASES.values() for n in c.sizes])
+def test_compiled_by_inductor(case_id: str, size: int, record_property: Record) -> None:
+    check(case_id, size, record_property, compiler="inductor")
