@@ -1,4 +1,4 @@
-"""all_gather and reduce_scatter: blocks become the whole, and the whole becomes blocks. Each is the other's derivative."""
+"""all_gather and reduce_scatter: blocks become the whole, the whole becomes blocks. Each is the other's derivative."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def reduce_scatter(
     x is [.., n*d, ..] and the result [.., d, ..] at dim, n = group.size; with tiled=False x.shape[dim] is n and the
     result lacks dim. sizes: the lengths d of the ranks where they differ; x.shape[dim] == sum(sizes) and the result has
     sizes[rank]. On a simulated axis, whose ranks have one shape, the result is padded with zeros to max(sizes).
-    op: "sum", "mean", "max", "min", "prod", with all_reduce's arithmetic. max, min and prod are an all_to_all and a local
-    fold: the same traffic, and derivatives of the fold by torch.
+    op: "sum", "mean", "max", "min", "prod", with all_reduce's arithmetic. max, min and prod are an all_to_all and a
+    local fold: the same traffic, and derivatives of the fold by torch.
     vjp: sum: all_gather along dim; mean: that divided by n.
     Traffic: (n-1)/n of x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if n does not divide x.shape[dim], or sizes does not fit; TypeError if op does not fit x's dtype.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,15 +37,16 @@ def all_to_all(
     lacks that dimension and has one of length n at concat_dim (counted without split_dim), as in jax.lax.all_to_all.
     Any dtype.
 
-    send_sizes, recv_sizes: lengths of the blocks along split_dim that this rank sends to each rank, and along concat_dim
-    that it receives from each. With split_dim == concat_dim they are this rank's row and column of the matrix of all
-    sends; send_sizes may be that matrix itself, and recv_sizes is then left out. With different dims the two lists are
-    the partitions of the two dimensions over the ranks, the same on every rank. On a simulated axis, whose ranks have
-    one shape, pass the matrix; x and the result are padded with zeros at their ends to the largest rank's length.
+    send_sizes, recv_sizes: lengths of the blocks along split_dim that this rank sends to each rank, and along
+    concat_dim that it receives from each. With split_dim == concat_dim they are this rank's row and column of the
+    matrix of all sends; send_sizes may be that matrix itself, and recv_sizes is then left out. With different dims the
+    two lists are the partitions of the two dimensions over the ranks, the same on every rank. On a simulated axis,
+    whose ranks have one shape, pass the matrix; x and the result are padded with zeros at their ends to the largest
+    rank's length.
 
     vjp: all_to_all with dims and sizes swapped. Traffic: (n-1)/n of x's bytes per rank (nccl-tests, PERFORMANCE.md).
-    Raises FcommError if n does not divide x.shape[split_dim], or the sizes do not fit x or the group; MismatchError where
-    the ranks' sizes disagree.
+    Raises FcommError if n does not divide x.shape[split_dim], or the sizes do not fit x or the group; MismatchError
+    where the ranks' sizes disagree.
     """
     split_dim = checks.canonical_dim("all_to_all", "split_dim", split_dim, x.dim())
     concat_dim = checks.canonical_dim("all_to_all", "concat_dim", concat_dim, x.dim())
@@ -79,7 +81,7 @@ def _canonical_blocks(
             return send, recv
         longest = max(map(sum, rows))
         checks.total_length("all_to_all", "the longest row of send_sizes", [longest], x, split_dim, group)
-        return sum(rows, []), sum(columns, [])
+        return [*chain(*rows)], [*chain(*columns)]
     if recv_sizes is None or (group.simulated and split_dim == concat_dim):
         raise FcommError(
             f"all_to_all: group '{group.name}' needs " + ("send_sizes as the matrix of all ranks' sends"

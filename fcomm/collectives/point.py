@@ -35,8 +35,8 @@ def recv(
 
     after: a token of send. The receive, and in backward its send, keeps its place after that send; in a ring, where all
     ranks send and then receive, pass it always.
-    vjp: send to src; like gets zeros. For the cotangent to be sent, like or after must be part of what is differentiated
-    (after=None makes a token that is, for backward()). Traffic: x's bytes.
+    vjp: send to src; like gets zeros. For the cotangent to be sent, like or after must be part of what is
+    differentiated (after=None makes a token that is, for backward()). Traffic: x's bytes.
     Raises FcommError if src is not another rank of the group, MismatchError where the message has another size.
     """
     peer = _peer("recv", "src", src, -1, group)

@@ -28,10 +28,10 @@ def ragged_all_to_all(
         rank 0  operand [a b b]  send_sizes [1 2]      [a c . .]
         rank 1  operand [c c d]  send_sizes [1 2]  ->  [b b . .]     (c d to itself: [b b c d])
 
-    operand is [rows, ..], output [rows', ..] with the same trailing shape and dtype. The four others are integer tensors
-    of shape (n,), n = group.size: this rank sends operand[input_offsets[r] :][: send_sizes[r]] to rank r, which finds
-    it in its result from row output_offsets[r] on, counted at the receiver; recv_sizes[r] rows come from rank r. Other
-    rows of the result are output's. Received slices must not overlap; sent slices may.
+    operand is [rows, ..], output [rows', ..] with the same trailing shape and dtype. The four others are integer
+    tensors of shape (n,), n = group.size: this rank sends operand[input_offsets[r] :][: send_sizes[r]] to rank r, which
+    finds it in its result from row output_offsets[r] on, counted at the receiver; recv_sizes[r] rows come from rank r.
+    Other rows of the result are output's. Received slices must not overlap; sent slices may.
     vjp: operand: ragged_all_to_all backwards, summed where sent slices overlap; output: the cotangent, zero on received
     rows. Traffic: the rows sent.
     Raises FcommError if the shapes or dtypes do not fit, a slice leaves its tensor, or (MismatchError) send_sizes and
@@ -92,9 +92,9 @@ def _spec(
     ys = []
     for r in range(len(xs)):
         y = xs[r].new_zeros((rows, *xs[r].shape[1:]))
-        for s, x in enumerate(xs):
+        for s in range(len(xs)):
             # A zero row to point at, where the row of y is not in the slice from s.
-            x = torch.cat([x, x.new_zeros((1, *x.shape[1:]))])
+            x = torch.cat([xs[s], xs[s].new_zeros((1, *xs[s].shape[1:]))])
             start, size = output_offsets[s][r], send_sizes[s][r]
             p = torch.arange(rows, device=x.device)
             hit = (p >= start) & (p < start + size)

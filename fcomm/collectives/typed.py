@@ -43,7 +43,7 @@ define(
     "pvary",
     spec=lambda xs: [x.clone() for x in xs],
     shape=lambda s, group: s,
-    vjp=lambda ct, group, backend: all_reduce_invariant(ct, group, backend),
+    vjp=lambda ct, group, backend: all_reduce_invariant(ct, group, backend, op="sum"),
     replicated=("x",),
     compose=lambda x, group, backend: x.clone(memory_format=torch.contiguous_format),
 )
