@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fcomm.arithmetic import LINEAR_OPS, check_op, fold
+from fcomm.arithmetic import LINEAR_OPS, fold
 from fcomm.collectives import checks
 from fcomm.collectives.exchange import all_to_all
 from fcomm.errors import FcommError
 from fcomm.group import Backend, Group
-from fcomm.registration import apply, define
+from fcomm.registration import apply, check_call, define
 
 
 def all_gather(
@@ -37,7 +37,7 @@ def all_gather(
     vjp: reduce_scatter along dim. Traffic: (n-1)/n of the result's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if dim is out of range, or sizes does not fit x or the group.
     """
-    dim = checks.canonical_dim("all_gather", "dim", dim, x.dim() if tiled else x.dim() + 1)
+    dim = checks.canonical_dim("all_gather", "dim", dim, x, group, new=0 if tiled else 1)
     lengths = None
     if sizes is not None:
         _only_tiled("all_gather", tiled)
@@ -102,8 +102,8 @@ def reduce_scatter(
     Traffic: (n-1)/n of x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if n does not divide x.shape[dim], or sizes does not fit; TypeError if op does not fit x's dtype.
     """
-    check_op("reduce_scatter", op, x.dtype, ("sum", "mean", "max", "min", "prod"))
-    dim = checks.canonical_dim("reduce_scatter", "dim", dim, x.dim())
+    checks.op_of("reduce_scatter", op, x, group, ("sum", "mean", "max", "min", "prod"))
+    dim = checks.canonical_dim("reduce_scatter", "dim", dim, x, group)
     lengths = None
     if sizes is not None:
         _only_tiled("reduce_scatter", tiled)
@@ -121,6 +121,7 @@ def reduce_scatter(
 def _fold_of_exchanged_blocks(
     x: Tensor, group: Group, backend: Backend, dim: int, op: str, tiled: bool, sizes: Sequence[int] | None
 ) -> Tensor:
+    check_call("reduce_scatter", (x,), group, backend)
     if sizes is not None:
         x = torch.cat([pad_end(block, dim, max(sizes)) for block in x.split(sizes, dim)], dim)
     blocks = x.unflatten(dim, (group.size, x.shape[dim] // group.size)) if tiled else x

@@ -6,15 +6,39 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fcomm.arithmetic import OPS, check_op
 from fcomm.errors import ArgumentError
 from fcomm.group import Group
 
 
-def canonical_dim(name: str, option: str, dim: int, ndim: int) -> int:
-    """dim, counted from the front."""
+def is_tensor(name: str, option: str, x: object) -> None:
+    """x must be a tensor; what can take part otherwise, apply checks."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: {option} is {type(x).__name__}, not a tensor; pass torch.as_tensor({option})")
+
+
+def is_group(name: str, group: object) -> None:
+    """group must be a Group."""
+    if not isinstance(group, Group):
+        raise TypeError(f"{name}: group is {group!r}; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...")
+
+
+def op_of(name: str, op: str, x: Tensor, group: Group, allowed: Sequence[str] = OPS) -> None:
+    """op must be known, and have a meaning for x's dtype."""
+    is_tensor(name, "x", x)
+    is_group(name, group)
+    check_op(name, op, x.dtype, allowed)
+
+
+def canonical_dim(name: str, option: str, dim: int, x: Tensor, group: Group, *, new: int = 0) -> int:
+    """dim of x, or of x with a number of new dimensions, counted from the front."""
+    is_tensor(name, "x", x)
+    is_group(name, group)
+    ndim = x.dim() + new
     if not isinstance(dim, int) or isinstance(dim, bool) or not -ndim <= dim < ndim:
-        remedy = f"choose one in {-ndim} .. {ndim - 1}" if ndim else "x has no dimension, reshape it to (1,)"
-        raise ArgumentError(f"{name}: {option} is {dim!r}, out of range for {ndim} dimensions; {remedy}")
+        remedy = f"choose one in {-ndim} .. {ndim - 1}" if ndim else "reshape x to (1,)"
+        of = f"the {ndim} dimensions of the result" if new else f"x of shape {tuple(x.shape)}"
+        raise ArgumentError(f"{name}: {option} is {dim!r}, out of range for {of} on group '{group.name}'; {remedy}")
     return dim + ndim if dim < 0 else dim
 
 
@@ -39,10 +63,12 @@ def one_each(name: str, x: Tensor, dim: int, group: Group) -> None:
 
 def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) -> list[int]:
     """One block length for each rank."""
-    result = list(sizes)
-    if len(result) != group.size or any(s < 0 for s in result):
+    result = list(sizes) if isinstance(sizes, Sequence) and not isinstance(sizes, str) else None
+    # A symbolic size, under compile, is no int.
+    if result is None or len(result) != group.size or any(isinstance(s, bool | float | str) or s < 0 for s in result):
         raise ArgumentError(
-            f"{name}: {option} is {result}; group '{group.name}' of size {group.size} needs a length >= 0 for each rank"
+            f"{name}: {option} is {sizes!r}; group '{group.name}' of size {group.size} needs a list of "
+            f"{group.size} lengths >= 0, one for each rank"
         )
     return result
 
@@ -69,6 +95,7 @@ def total_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: i
 
 def rank_in_group(name: str, option: str, rank: int, group: Group) -> int:
     """rank must be a rank within the group."""
+    is_group(name, group)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < group.size:
         raise ArgumentError(
             f"{name}: {option} is {rank!r}, not a rank of group '{group.name}' of size {group.size}; "
@@ -79,10 +106,15 @@ def rank_in_group(name: str, option: str, rank: int, group: Group) -> int:
 
 def canonical_perm(name: str, perm: Sequence[tuple[int, int]], group: Group) -> list[int]:
     """The pairs of a permutation as a flat list; every source and every destination at most once."""
+    is_group(name, group)
+    if not isinstance(perm, Sequence) or isinstance(perm, str):
+        raise ArgumentError(f"{name}: perm is {perm!r} on group '{group.name}'; pass (source, destination) pairs")
     flat = []
     for pair in perm:
-        if len(pair) != 2:
-            raise ArgumentError(f"{name}: perm has the entry {pair!r}; pass (source, destination) pairs")
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ArgumentError(
+                f"{name}: perm has the entry {pair!r} on group '{group.name}'; pass (source, destination) pairs"
+            )
         flat += [rank_in_group(name, "a rank in perm", rank, group) for rank in pair]
     for what, ranks in (("source", flat[::2]), ("destination", flat[1::2])):
         twice = sorted({r for r in ranks if ranks.count(r) > 1})

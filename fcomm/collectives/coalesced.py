@@ -15,10 +15,13 @@ from fcomm.collectives import checks
 from fcomm.collectives.blocks import all_gather, reduce_scatter
 from fcomm.collectives.reductions import all_reduce
 from fcomm.group import Backend, Group
+from fcomm.registration import check_call
 
 
 def all_reduce_coalesced(xs: Sequence[Tensor], group: Group, backend: Backend, *, op: str = "sum") -> list[Tensor]:
     """all_reduce of every tensor of a list, one message per dtype. Shapes, dtypes, op, vjp and errors as all_reduce."""
+
+    _check_list("all_reduce_coalesced", xs, group, backend)
 
     def communicate(flat: Tensor) -> Tensor:
         return all_reduce(flat, group, backend, op=op)
@@ -28,7 +31,8 @@ def all_reduce_coalesced(xs: Sequence[Tensor], group: Group, backend: Backend, *
 
 def all_gather_coalesced(xs: Sequence[Tensor], group: Group, backend: Backend, *, dim: int = 0) -> list[Tensor]:
     """all_gather along dim of every tensor of a list, one message per dtype. Shapes, vjp and errors as all_gather."""
-    dims = [checks.canonical_dim("all_gather_coalesced", "dim", dim, x.dim()) for x in xs]
+    _check_list("all_gather_coalesced", xs, group, backend)
+    dims = [checks.canonical_dim("all_gather_coalesced", "dim", dim, x, group) for x in xs]
 
     def communicate(flat: Tensor) -> Tensor:
         return all_gather(flat, group, backend, tiled=False)
@@ -41,7 +45,8 @@ def reduce_scatter_coalesced(
     xs: Sequence[Tensor], group: Group, backend: Backend, *, dim: int = 0, op: str = "sum"
 ) -> list[Tensor]:
     """reduce_scatter along dim of every tensor of a list, one message per dtype. Shapes, op, vjp, errors as there."""
-    dims = [checks.canonical_dim("reduce_scatter_coalesced", "dim", dim, x.dim()) for x in xs]
+    _check_list("reduce_scatter_coalesced", xs, group, backend)
+    dims = [checks.canonical_dim("reduce_scatter_coalesced", "dim", dim, x, group) for x in xs]
     blocks = []
     for x, d in zip(xs, dims, strict=True):
         checks.divisible("reduce_scatter_coalesced", x, d, group)
@@ -51,6 +56,12 @@ def reduce_scatter_coalesced(
         return reduce_scatter(rows, group, backend, dim=0, op=op, tiled=False)
 
     return _by_dtype(xs, [b.flatten(1) for b in blocks], communicate, [b.shape[1:] for b in blocks])
+
+
+def _check_list(name: str, xs: Sequence[Tensor], group: Group, backend: Backend) -> None:
+    if isinstance(xs, Tensor):
+        raise TypeError(f"{name}: xs is one tensor; pass a list of tensors, or call the collective without _coalesced")
+    check_call(name, xs, group, backend)
 
 
 def _by_dtype(

@@ -48,8 +48,8 @@ def all_to_all(
     Raises FcommError if n does not divide x.shape[split_dim], or the sizes do not fit x or the group; MismatchError
     where the ranks' sizes disagree.
     """
-    split_dim = checks.canonical_dim("all_to_all", "split_dim", split_dim, x.dim())
-    concat_dim = checks.canonical_dim("all_to_all", "concat_dim", concat_dim, x.dim())
+    split_dim = checks.canonical_dim("all_to_all", "split_dim", split_dim, x, group)
+    concat_dim = checks.canonical_dim("all_to_all", "concat_dim", concat_dim, x, group)
     send = recv = None
     if send_sizes is not None or recv_sizes is not None:
         if not tiled or send_sizes is None:

@@ -39,6 +39,7 @@ def recv(
     differentiated (after=None makes a token that is, for backward()). Traffic: x's bytes.
     Raises FcommError if src is not another rank of the group, MismatchError where the message has another size.
     """
+    checks.is_tensor("recv", "like", like)
     peer = _peer("recv", "src", src, -1, group)
     if after is None:
         if group.simulated or group.size == 1:
@@ -50,6 +51,7 @@ def recv(
 
 def _peer(name: str, option: str, peer: int | None, step: int, group: Group) -> int:
     """The peer's rank; on a simulated axis, where every rank has a peer of its own, the step to it."""
+    checks.is_group(name, group)
     if group.simulated:
         if peer is not None:
             raise FcommError(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcomm.arithmetic import LINEAR_OPS, check_op, fold, product_of_others, ties
+from fcomm.arithmetic import LINEAR_OPS, fold, product_of_others, ties
+from fcomm.collectives import checks
 from fcomm.collectives.blocks import all_gather
 from fcomm.collectives.place import axis_index
 from fcomm.group import Backend, Group
@@ -27,7 +28,7 @@ def all_reduce(x: Tensor, group: Group, backend: Backend, *, op: str = "sum") ->
     Traffic: 2(n-1)/n of x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises TypeError if op has no meaning for x's dtype, FcommError for an unknown op.
     """
-    check_op("all_reduce", op, x.dtype)
+    checks.op_of("all_reduce", op, x, group)
     return apply("all_reduce", x, group, backend, op)
 
 
@@ -89,7 +90,7 @@ def scan(
     vjp: the scan in the other direction. Traffic: x's bytes per rank (a chain), in n - 1 steps.
     Raises FcommError for another op, TypeError if op has no meaning for x's dtype.
     """
-    check_op("scan", op, x.dtype, ("sum",))
+    checks.op_of("scan", op, x, group, ("sum",))
     return apply("scan", x, group, backend, op, bool(exclusive), bool(reverse))
 
 

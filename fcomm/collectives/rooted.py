@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcomm.arithmetic import LINEAR_OPS, check_op, fold
+from fcomm.arithmetic import LINEAR_OPS, fold
 from fcomm.collectives import checks
 from fcomm.collectives.reductions import extremum_share, other_ranks_product
 from fcomm.group import Backend, Group
@@ -56,7 +56,7 @@ def reduce(x: Tensor, group: Group, backend: Backend, *, dst: int = 0, op: str =
     Traffic: x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if dst is not a rank of the group, TypeError if op has no meaning for x's dtype.
     """
-    check_op("reduce", op, x.dtype)
+    checks.op_of("reduce", op, x, group)
     return apply("reduce", x, group, backend, checks.rank_in_group("reduce", "dst", dst, group), op)
 
 
@@ -102,7 +102,7 @@ def gather(x: Tensor, group: Group, backend: Backend, *, dst: int = 0, dim: int 
     Raises FcommError if dst is not a rank of the group or dim is out of range.
     """
     dst = checks.rank_in_group("gather", "dst", dst, group)
-    return apply("gather", x, group, backend, dst, checks.canonical_dim("gather", "dim", dim, x.dim()))
+    return apply("gather", x, group, backend, dst, checks.canonical_dim("gather", "dim", dim, x, group))
 
 
 define(
@@ -127,7 +127,7 @@ def scatter(x: Tensor, group: Group, backend: Backend, *, src: int = 0, dim: int
     Raises FcommError if src is not a rank of the group, dim is out of range, or n does not divide x.shape[dim].
     """
     src = checks.rank_in_group("scatter", "src", src, group)
-    dim = checks.canonical_dim("scatter", "dim", dim, x.dim())
+    dim = checks.canonical_dim("scatter", "dim", dim, x, group)
     checks.divisible("scatter", x, dim, group)
     return apply("scatter", x, group, backend, src, dim)
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fcomm.arithmetic import LINEAR_OPS, check_op, fold
+from fcomm.arithmetic import LINEAR_OPS, fold
 from fcomm.collectives import checks
 from fcomm.collectives.blocks import all_gather
 from fcomm.collectives.reductions import all_reduce
@@ -60,7 +60,7 @@ def all_reduce_invariant(x: Tensor, group: Group, backend: Backend, *, op: str =
     the ranks go on to use the result differently. Traffic: 2(n-1)/n of x's bytes per rank; backward none.
     Raises FcommError for another op, TypeError if op has no meaning for x's dtype.
     """
-    check_op("all_reduce_invariant", op, x.dtype, LINEAR_OPS)
+    checks.op_of("all_reduce_invariant", op, x, group, LINEAR_OPS)
     return apply("all_reduce_invariant", x, group, backend, op)
 
 
@@ -91,7 +91,7 @@ def all_gather_invariant(x: Tensor, group: Group, backend: Backend, *, dim: int 
     use the result differently. Traffic: (n-1)/n of the result's bytes per rank; backward none.
     Raises FcommError if dim is out of range.
     """
-    dim = checks.canonical_dim("all_gather_invariant", "dim", dim, x.dim())
+    dim = checks.canonical_dim("all_gather_invariant", "dim", dim, x, group)
     return apply("all_gather_invariant", x, group, backend, dim)
 
 
@@ -118,7 +118,7 @@ def shard(x: Tensor, group: Group, backend: Backend, *, dim: int = 0) -> Tensor:
     vjp: all_gather_invariant. Traffic: none; backward (n-1)/n of x's bytes per rank.
     Raises FcommError if dim is out of range or n does not divide x.shape[dim].
     """
-    dim = checks.canonical_dim("shard", "dim", dim, x.dim())
+    dim = checks.canonical_dim("shard", "dim", dim, x, group)
     checks.divisible("shard", x, dim, group)
     return apply("shard", x, group, backend, dim)
 
