@@ -17,7 +17,8 @@ from torch import Tensor
 
 import fcomm
 from fcomm.group import Backend, Group
-from fcomm.registration import RECORDS, Record
+from fcomm.record import Record
+from fcomm.registration import RECORDS
 
 
 @dataclass(frozen=True)
