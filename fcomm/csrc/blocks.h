@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "fcomm.h"
+#include "comm.h"
 #include "kernels.h"
 
 namespace fcomm {
@@ -41,6 +41,13 @@ inline void transfer(const Block &to, std::size_t to_at, const Block &from, std:
     if ((to_column += m) == to.width) ++to_row, to_column = 0;
     if ((from_column += m) == from.width) ++from_row, from_column = 0;
   }
+}
+
+// Bytes [at, at + nbytes) of a block into a slot of our own.
+inline void transfer_in(fcomm_comm &c, char *slot, const Block &from, std::size_t at, std::size_t nbytes) {
+  if (from.contiguous()) return copy_in(c, slot, from.base + at, nbytes);
+  transfer(contiguous(slot, nbytes), 0, from, at, nbytes, c.writing.past);
+  stream_fence();
 }
 
 // A matrix's blocks, one for each rank. On the stack and uninitialised: small calls use little of it.

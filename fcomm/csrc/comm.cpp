@@ -1,6 +1,8 @@
 // Opening, waiting, failing and closing. What a failure is: the first rank that sees one writes the poison word, and
 // everybody reports what the word says, so all survivors name the same culprit.
 #include "comm.h"
+
+#include "blocks.h"
 #include "rounds.h"
 
 #include <errno.h>
@@ -212,6 +214,16 @@ bool past_caches(const fcomm_comm &c, std::size_t touched) {
   return touched >= kLastLevel / std::size_t(c.size);
 }
 
+void copy_in(fcomm_comm &c, char *to, const char *from, std::size_t nbytes) {
+  constexpr std::size_t kTimed = 16 << 10;  // a microsecond, against a twentieth for the clock
+  if (nbytes < kTimed) return copy(to, from, nbytes, false);
+  const bool way = c.writing.next_way();
+  const std::int64_t start = now_ns();
+  copy(to, from, nbytes, way);
+  if (way) stream_fence();
+  c.writing.learn(way, double(now_ns() - start), nbytes);
+}
+
 void wake(Flag &word) {
   syscall(SYS_futex, reinterpret_cast<std::uint32_t *>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
@@ -240,22 +252,15 @@ fcomm_status wait_for(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std::u
 
 #ifdef FCOMM_TESTING
 void fault(const fcomm_comm &c, const char *point) {
-  struct Fault {
-    char point[32]{}, action[32]{};
-    int rank = -1;
-    std::atomic<int> passes{1};
-    Fault() {
-      const char *text = std::getenv("FCOMM_TEST_FAULT");
-      int n = 1;
-      if (text && std::sscanf(text, "%31[^:]:%d:%31[^:]:%d", point, &rank, action, &n) < 3) std::abort();
-      passes = n;
-    }
-  };
-  static Fault f;
-  if (c.rank != f.rank || std::strcmp(point, f.point) || f.passes.fetch_sub(1) != 1) return;
-  if (!std::strcmp(f.action, "kill")) raise(SIGKILL);
-  if (!std::strcmp(f.action, "stop")) raise(SIGSTOP);
-  if (!std::strcmp(f.action, "delay")) usleep(100'000);
+  static std::atomic<int> passes{0};
+  const char *text = std::getenv("FCOMM_TEST_FAULT");
+  char at[32], action[32];
+  int rank, n = 1;
+  if (!text || std::sscanf(text, "%31[^:]:%d:%31[^:]:%d", at, &rank, action, &n) < 3) return;
+  if (rank != c.rank || std::strcmp(at, point) || passes.fetch_add(1) + 1 != n) return;
+  if (!std::strcmp(action, "kill")) raise(SIGKILL);
+  if (!std::strcmp(action, "stop")) raise(SIGSTOP);
+  if (!std::strcmp(action, "delay")) usleep(100'000);
 }
 #endif
 

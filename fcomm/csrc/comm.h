@@ -1,7 +1,7 @@
 // A rank's own view of a communicator, and the few steps every collective is made of.
 #pragma once
 
-#include <chrono>
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -23,6 +23,24 @@ struct Message {
   bool started;
 };
 
+// How to write a slot. Where the ranks' cores share a cache, ordinary stores: the peer reads from it. Where they do not,
+// a line that the peer has read must be fetched back before it is written, four times slower than memory itself: then
+// stores past the caches. Which it is changes while a program runs (a hypervisor moves its cores), so we measure.
+struct SlotWriting {
+  bool past = false;
+  unsigned turns = 0;
+  double ns_per_kb[2] = {0, 0};  // of either way, lately
+
+  bool next_way() { return ++turns % 32 == 1 ? !past : past; }  // the other way now and then, to know
+  void learn(bool way, double ns, std::size_t nbytes) {
+    const double now = ns / (double(nbytes) / 1024);
+    double &lately = ns_per_kb[way];
+    lately = lately == 0 ? now : lately + (std::min(now, 4 * lately) - lately) / 4;
+    // What is written past the caches is read from memory: it must win by far to win at all.
+    past = ns_per_kb[1] != 0 && ns_per_kb[0] != 0 && ns_per_kb[1] < 0.5 * ns_per_kb[0];
+  }
+};
+
 }  // namespace fcomm
 
 struct fcomm_comm {
@@ -34,6 +52,7 @@ struct fcomm_comm {
   std::uint64_t fingerprint = 0;
   std::int64_t timeout_ns = 0;
   int spins = 0;  // before yielding; adapts
+  fcomm::SlotWriting writing;
   unsigned fork_generation = 0;
   bool closed = false, broken = false;
   fcomm_failure failure{};
@@ -83,6 +102,9 @@ fcomm_status poison(fcomm_comm &c, fcomm_status reason, int culprit, std::uint32
 
 // Move buffered messages on; true while some are left.
 bool progress(fcomm_comm &c);
+
+// Copy into a slot of our own, ready to be published.
+void copy_in(fcomm_comm &c, char *to, const char *from, std::size_t nbytes);
 
 void wake(Flag &word);
 std::uint64_t mix(std::uint64_t a, std::uint64_t b);

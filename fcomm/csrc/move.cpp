@@ -48,14 +48,14 @@ fcomm_status exchange(fcomm_comm &c, std::uint64_t print, const Blocks &sent, co
   const std::size_t part = part_bytes(c, most * std::size_t(c.size));
   const bool stream = past_caches(c, sent.total() + received.total());
   const auto part_for = [&](int to, int from, std::uint32_t r) {
-    return contiguous(c.in_slot(from, r) + std::size_t(to) * part, part);
+    return c.in_slot(from, r) + std::size_t(to) * part;
   };
   const fcomm_status s = rounds(
       c, print, pieces(most, part),
       [&](std::size_t k) {
         for (int p = 0; p < c.size; ++p) {
           const Span s = span(sent[p].nbytes(), part, k);
-          if (p != c.rank) transfer(part_for(p, c.rank, filling(c)), 0, sent[p], s.at, s.nbytes, false);
+          if (p != c.rank) transfer_in(c, part_for(p, c.rank, filling(c)), sent[p], s.at, s.nbytes);
         }
       },
       [&](std::size_t k) {
@@ -65,7 +65,7 @@ fcomm_status exchange(fcomm_comm &c, std::uint64_t print, const Blocks &sent, co
           if (p == c.rank)
             transfer(received[p], s.at, sent[p], s.at, s.nbytes, stream);
           else
-            transfer(received[p], s.at, part_for(c.rank, p, c.round), 0, s.nbytes, stream);
+            transfer(received[p], s.at, contiguous(part_for(c.rank, p, c.round), part), 0, s.nbytes, stream);
         }
       },
       opened);
@@ -83,7 +83,7 @@ fcomm_status collect(fcomm_comm &c, std::uint64_t print, const void *in, const B
       c, print, pieces(received.most(), chunk),
       [&](std::size_t k) {
         const Span s = span(own.nbytes(), chunk, k);
-        if (sends) copy(c.in_slot(c.rank, filling(c)), own.base + s.at, s.nbytes, false);
+        if (sends) copy_in(c, c.in_slot(c.rank, filling(c)), own.base + s.at, s.nbytes);
       },
       [&](std::size_t k) {
         for (int i = 0; receives && i < c.size; ++i) {
@@ -110,7 +110,7 @@ fcomm_status pass_on(fcomm_comm &c, std::uint64_t print, const void *in_, void *
       c, print, pieces(nbytes, chunk),
       [&](std::size_t k) {
         const Span s = span(nbytes, chunk, k);
-        if (sends) copy(c.in_slot(c.rank, filling(c)), in + s.at, s.nbytes, false);
+        if (sends) copy_in(c, c.in_slot(c.rank, filling(c)), in + s.at, s.nbytes);
       },
       [&](std::size_t k) {
         const Span s = span(nbytes, chunk, k);
@@ -159,7 +159,7 @@ fcomm_status fcomm_scatter(const void *in, fcomm_blocks matrix, void *out, int r
         for (int p = 0; c.rank == root && p < c.size; ++p) {
           const Span s = span(sent[p].nbytes(), part, k);
           char *to = c.in_slot(root, filling(c)) + std::size_t(p) * part;
-          if (p != root) transfer(contiguous(to, part), 0, sent[p], s.at, s.nbytes, false);
+          if (p != root) transfer_in(c, to, sent[p], s.at, s.nbytes);
         }
       },
       [&](std::size_t k) {

@@ -1,5 +1,7 @@
 // all_reduce, reduce, scan and reduce_scatter. Every result is a fold in rank order, made by one rank or by every rank
 // with the same instructions, so all ranks hold the same bits.
+#include <initializer_list>
+
 #include "blocks.h"
 #include "rounds.h"
 
@@ -14,8 +16,13 @@ struct Arithmetic {
   void fold(char *out, const void *const *in, int n, std::size_t nbytes) const {
     reduce(out, in, n, nbytes / width, divisor);
   }
-  // By way of a block that stays in the first-level cache, for the kernels store in the ordinary way.
-  void fold_past_caches(char *out, const void *const *in, int n, std::size_t nbytes) const {
+  // The same, to one or two places at once and past the caches or not: by way of a block that stays in the first-level
+  // cache, for the kernels store in the ordinary way and to one place.
+  struct Place {
+    char *to;
+    bool stream;
+  };
+  void fold(std::initializer_list<Place> places, const void *const *in, int n, std::size_t nbytes) const {
     constexpr std::size_t kBlock = 8 << 10;
     alignas(64) char block[kBlock];
     const void *rest[FCOMM_MAX_RANKS];
@@ -23,7 +30,8 @@ struct Arithmetic {
       const std::size_t m = std::min(kBlock, nbytes - at);
       for (int p = 0; p < n; ++p) rest[p] = static_cast<const char *>(in[p]) + at;
       fold(block, rest, n, m);
-      copy(out + at, block, m, true);
+      for (const Place &place : places)
+        if (place.to) copy(place.to + at, block, m, place.stream);
     }
   }
 };
@@ -57,7 +65,8 @@ fcomm_status two_phase(fcomm_comm &c, std::uint64_t print, const char *in, char 
   const std::size_t chunk = chunk_bytes(nbytes), n = pieces(nbytes, chunk);
   const bool stream = past_caches(c, 2 * nbytes);
   const auto share = [&](Span whole, int p) {
-    return span(whole.nbytes, share_bytes(whole.nbytes, c.size), std::size_t(p));
+    const Span s = span(whole.nbytes, share_bytes(whole.nbytes, c.size), std::size_t(p));
+    return Span{whole.at + s.at, s.nbytes};
   };
   return rounds(
       c, print, n + 1,
@@ -66,25 +75,27 @@ fcomm_status two_phase(fcomm_comm &c, std::uint64_t print, const char *in, char 
         if (k < n) {
           const Span whole = span(nbytes, chunk, k), own = share(whole, c.rank);
           char *to = c.in_slot(c.rank, r);
-          const char *from = in + whole.at;
-          const std::size_t after = own.at + own.nbytes;
-          copy(to, from, own.at, false);
-          copy(to + after, from + after, whole.nbytes - after, false);
+          const std::size_t before = own.at - whole.at, after = before + own.nbytes;
+          copy_in(c, to, in + whole.at, before);
+          copy_in(c, to + after, in + whole.at + after, whole.nbytes - after);
         }
         if (k > 0) {
           const Span whole = span(nbytes, chunk, k - 1), own = share(whole, c.rank);
           const void *from[FCOMM_MAX_RANKS];
-          for (int p = 0; p < c.size; ++p) from[p] = (p == c.rank ? in + whole.at : c.in_slot(p, r - 1)) + own.at;
-          a.fold(c.out_slot(c.rank, r), from, c.size, own.nbytes);
+          for (int p = 0; p < c.size; ++p)
+            from[p] = p == c.rank ? in + own.at : c.in_slot(p, r - 1) + (own.at - whole.at);
+          a.fold({{c.out_slot(c.rank, r), c.writing.past}, {out ? out + own.at : nullptr, stream}}, from, c.size,
+                 own.nbytes);
+          stream_fence();
         }
       },
       [&](std::size_t k) {
         if (k == 0 || !out) return;
         const Span whole = span(nbytes, chunk, k - 1);
-        for (int i = 0; i < c.size; ++i) {
-          const int p = (c.rank + i) % c.size;  // own first, and not all ranks at one peer
+        for (int i = 1; i < c.size; ++i) {
+          const int p = (c.rank + i) % c.size;  // not all ranks at one peer
           const Span s = share(whole, p);
-          copy(out + whole.at + s.at, c.out_slot(p, c.round), s.nbytes, stream);
+          copy(out + s.at, c.out_slot(p, c.round), s.nbytes, stream);
         }
       });
 }
@@ -144,7 +155,7 @@ fcomm_status fcomm_scan(const void *in_, void *out_, size_t count, int dtype, in
       c, fingerprint(Kind::kScan, tag, nbytes, dtype, op, exclusive * 2 + reverse), pieces(nbytes, chunk),
       [&](std::size_t k) {
         const Span s = span(nbytes, chunk, k);
-        if (wanted) copy(c.in_slot(c.rank, filling(c)), in + s.at, s.nbytes, false);
+        if (wanted) copy_in(c, c.in_slot(c.rank, filling(c)), in + s.at, s.nbytes);
       },
       [&](std::size_t k) {
         const Span s = span(nbytes, chunk, k);
@@ -180,7 +191,7 @@ fcomm_status fcomm_reduce_scatter(const void *in, fcomm_blocks matrix, void *out
           // The kernels read contiguous memory: a strided block of our own takes the way of the peers'.
           if (j == c.rank && own.contiguous()) continue;
           const Span s = span(sent[j].nbytes(), part, k);
-          transfer(contiguous(part_of(j, c.rank, filling(c)), part), 0, sent[j], s.at, s.nbytes, false);
+          transfer_in(c, part_of(j, c.rank, filling(c)), sent[j], s.at, s.nbytes);
         }
       },
       [&](std::size_t k) {
@@ -189,7 +200,7 @@ fcomm_status fcomm_reduce_scatter(const void *in, fcomm_blocks matrix, void *out
         for (int p = 0; p < c.size; ++p)
           from[p] = p == c.rank && own.contiguous() ? own.base + s.at : part_of(c.rank, p, c.round);
         if (stream)
-          a.fold_past_caches(out + s.at, from, c.size, s.nbytes);
+          a.fold({{out + s.at, true}}, from, c.size, s.nbytes);
         else if (s.nbytes)
           a.fold(out + s.at, from, c.size, s.nbytes);
       });

@@ -114,18 +114,26 @@ Ended as_processes(const World &w, const Body &body, double limit_s) {
   }
   for (int &fd : setup.writing) close(fd), fd = -1;
   Ended ended{std::vector<int>(std::size_t(w.size), -1)};
+  std::vector<pid_t> stopped;
   const double end = seconds() + limit_s;
   for (int left = w.size; left;) {
     for (int r = 0; r < w.size; ++r) {
       int &status = ended.status[std::size_t(r)];
       if (status != -1) continue;
-      if (waitpid(pids[std::size_t(r)], &status, WNOHANG) == pids[std::size_t(r)])
+      const bool news = waitpid(pids[std::size_t(r)], &status, WNOHANG | WUNTRACED) == pids[std::size_t(r)];
+      if (news && WIFSTOPPED(status)) stopped.push_back(pids[std::size_t(r)]);
+      if (news && !WIFSTOPPED(status)) {
         --left;
-      else if (seconds() > end)
-        std::fprintf(stderr, "rank %d hangs while %s\n", r, doing.c_str()), kill(pids[std::size_t(r)], SIGKILL);
-      else
-        status = -1;
+        continue;
+      }
+      status = -1;
+      if (seconds() > end) {
+        std::fprintf(stderr, "rank %d hangs while %s\n", r, doing.c_str());
+        kill(pids[std::size_t(r)], SIGKILL);
+      }
     }
+    if (std::size_t(left) == stopped.size())  // the living have all ended
+      for (const pid_t pid : stopped) kill(pid, SIGKILL);
     usleep(500);
   }
   return ended;

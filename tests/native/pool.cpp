@@ -1,2 +1,65 @@
+// The pool of outputs.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <thread>
+
 #include "harness.h"
-void pool_suite() {}
+
+void pool_suite() {
+  constexpr std::size_t kMega = 1 << 20;
+  fcomm_pool_clear();
+  const fcomm_pool_report before = fcomm_pool_stats();
+  char *a = static_cast<char *>(fcomm_pool_take(5 * kMega + 1));
+  CHECK(a && std::uintptr_t(a) % (2 * kMega) == 0);
+  a[0] = a[5 * kMega] = 1;
+  fcomm_pool_report now = fcomm_pool_stats();
+  CHECK(now.misses == before.misses + 1 && now.blocks_in_use == before.blocks_in_use + 1);
+  CHECK(now.in_use_bytes - before.in_use_bytes >= 5 * kMega + 1 && now.in_use_bytes - before.in_use_bytes < 6 * kMega);
+  fcomm_pool_return(a);
+  CHECK(fcomm_pool_stats().idle_bytes >= 5 * kMega);
+  CHECK(fcomm_pool_take(5 * kMega + 1) == a && fcomm_pool_stats().hits == before.hits + 1);
+  fcomm_pool_return(a);
+  CHECK(fcomm_pool_clear() >= 5 * kMega && fcomm_pool_stats().idle_bytes == 0);
+
+  fcomm_pool_set_limit(8 * kMega);
+  std::vector<void *> blocks;
+  for (int k = 0; k < 5; ++k) blocks.push_back(fcomm_pool_take(4 * kMega));
+  for (void *b : blocks) fcomm_pool_return(b);
+  CHECK(fcomm_pool_stats().idle_bytes == 8 * kMega);
+  fcomm_pool_set_limit(0);
+  CHECK(fcomm_pool_stats().idle_bytes == 0);
+  fcomm_pool_set_limit(before.limit_bytes);
+
+  for (const std::size_t n : {0, 1, 100, 65535, 65536, 65537}) {
+    char *b = static_cast<char *>(fcomm_pool_take(n));
+    CHECK(b && std::uintptr_t(b) % 64 == 0);
+    for (std::size_t i = 0; i < n; ++i) b[i] = 1;
+    fcomm_pool_return(b);
+  }
+  fcomm_pool_return(nullptr);
+  CHECK(fcomm_pool_take(std::size_t(-1)) == nullptr && fcomm_pool_take(std::size_t(1) << 60) == nullptr);
+
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t)
+    threads.emplace_back([t] {
+      for (int k = 0; k < 2000; ++k) {
+        const std::size_t n = std::size_t(70'000) * (1 + std::size_t(k * (t + 1)) % 7);
+        auto *b = static_cast<char *>(fcomm_pool_take(n));
+        b[0] = b[n - 1] = char(t);
+        CHECK(b[0] == char(t) && b[n - 1] == char(t));
+        fcomm_pool_return(b);
+      }
+    });
+  for (auto &t : threads) t.join();
+  CHECK(fcomm_pool_stats().blocks_in_use == before.blocks_in_use);
+
+  const pid_t pid = fork();
+  if (pid == 0) {
+    fcomm_pool_return(fcomm_pool_take(kMega));
+    _exit(0);
+  }
+  int status = 1;
+  CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+  fcomm_pool_clear();
+}
