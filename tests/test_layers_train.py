@@ -1,0 +1,286 @@
+"""Worked models: gradients on a mesh of axes, and training that takes the same course as on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import dense
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, grad_and_value
+
+import fcomm
+from fcomm import layers
+from fcomm.testing import run_ranks
+
+BACKENDS = [name for name in ("cpu", "c10d") if hasattr(fcomm, name)]
+STEPS = 50
+
+Params = dict[str, Tensor]
+
+
+def trained(loss: Callable[..., Tensor], params: Params, batches: list[Any], rate: float = 0.01) -> Tensor:
+    """The loss at each step of Adam; loss(params, *batch)."""
+    mean = {name: torch.zeros_like(p) for name, p in params.items()}
+    square = {name: torch.zeros_like(p) for name, p in params.items()}
+    course = []
+    for step, batch in enumerate(batches, 1):
+        gradient, value = grad_and_value(loss)(params, *batch)
+        course.append(value)
+        for name, g in gradient.items():
+            mean[name] = 0.9 * mean[name] + 0.1 * g
+            square[name] = 0.99 * square[name] + 0.01 * g * g
+            update = (mean[name] / (1 - 0.9**step)) / ((square[name] / (1 - 0.99**step)).sqrt() + 1e-6)
+            params = params | {name: params[name] - rate * update}
+    return torch.stack(course)
+
+
+def over(axes: dict[str, fcomm.Group], fn: Callable[..., Any]) -> Any:
+    """fn() on every rank of simulated axes; results have one leading dimension per axis."""
+    for axis in reversed(axes.values()):
+        fn = fcomm.simulate(fn, axis)
+    return fn()
+
+
+def simulated_axes(**sizes: int) -> dict[str, fcomm.Group]:
+    return {name: fcomm.axis(name, size) for name, size in sizes.items()}
+
+
+# --- GPT under dp x sp x tp ---------------------------------------------------------------------------------------
+
+MODEL = layers.GPT(vocab=32, length=8, blocks=2, width=16, heads=4, key_heads=2, hidden=32)
+
+
+def text(step: int) -> tuple[Tensor, Tensor]:
+    """A learnable text: each token is a function of the last one, with noise."""
+    start = dense.integers(8, 1, high=MODEL.vocab, seed=step)
+    noise = dense.integers(8, MODEL.length + 1, high=2, seed=1000 + step)
+    rows = (start * 5 ** torch.arange(MODEL.length + 1) + noise) % MODEL.vocab
+    return rows[:, :-1], rows[:, 1:]
+
+
+TEXT = [text(step) for step in range(STEPS)]
+PARAMS = layers.init_params(MODEL, dtype=torch.float64)
+
+
+def gpt_gradient(axes: dict[str, fcomm.Group], backend: fcomm.Backend) -> Params:
+    own = partial(layers.own_tokens, dp=axes["dp"], sp=axes["sp"], backend=backend)
+    params = layers.cut(PARAMS, MODEL, axes["tp"], backend)
+    return grad(layers.gpt_loss)(params, own(TEXT[0][0]), own(TEXT[0][1]), MODEL, **axes, backend=backend)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2), (4, 2, 1)])
+def test_gradient_of_gpt_on_a_mesh(sizes: tuple[int, int, int]) -> None:
+    axes = simulated_axes(**dict(zip(("dp", "sp", "tp"), sizes, strict=True)))
+    wanted = grad(dense.gpt)(PARAMS, *TEXT[0], MODEL)
+    got = over(axes, lambda: gpt_gradient(axes, fcomm.sim))
+    for name, dim in MODEL.tp_dims().items():
+        rows = dense.stack_parts(wanted[name], dim, sizes[2]).expand(*sizes, *got[name].shape[3:])
+        torch.testing.assert_close(got[name], rows, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# One block less: fifty steps take a while on a simulated mesh.
+SMALL = replace(MODEL, blocks=1)
+SMALL_PARAMS = layers.init_params(SMALL)
+
+
+def gpt_course(axes: dict[str, fcomm.Group], backend: fcomm.Backend) -> Tensor:
+    own = partial(layers.own_tokens, dp=axes["dp"], sp=axes["sp"], backend=backend)
+    params = layers.cut(SMALL_PARAMS, SMALL, axes["tp"], backend)
+    loss = partial(layers.gpt_loss, model=SMALL, **axes, backend=backend)
+    return trained(loss, params, [(own(x), own(y)) for x, y in TEXT])
+
+
+def dense_gpt_course() -> Tensor:
+    return trained(partial(dense.gpt, model=SMALL), SMALL_PARAMS, TEXT)
+
+
+def assert_same_course(got: Tensor, wanted: Tensor) -> None:
+    assert wanted[-5:].mean() < 0.8 * wanted[:5].mean(), f"nothing was learned: {wanted[::7]}"
+    torch.testing.assert_close(got, wanted.expand_as(got), rtol=1e-5, atol=0)
+
+
+def test_training_of_gpt_on_dp_and_tp() -> None:
+    axes = simulated_axes(dp=2, sp=1, tp=2)
+    assert_same_course(over(axes, lambda: gpt_course(axes, fcomm.sim)), dense_gpt_course())
+
+
+def _gpt_on_rank(world: fcomm.Group, backend: str, sizes: dict[str, int]) -> Tensor:
+    return gpt_course(fcomm.mesh(world, **sizes), getattr(fcomm, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1] + [pytest.param(b, marks=pytest.mark.long) for b in BACKENDS[1:]])
+def test_training_of_gpt_in_processes(backend: str) -> None:
+    courses = run_ranks(_gpt_on_rank, 4, backend, {"dp": 2, "sp": 1, "tp": 2})
+    assert_same_course(torch.stack(courses), dense_gpt_course())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_of_gpt_on_three_axes_in_processes(backend: str) -> None:
+    courses = run_ranks(_gpt_on_rank, 8, backend, {"dp": 2, "sp": 2, "tp": 2}, timeout_s=500)
+    assert_same_course(torch.stack(courses), dense_gpt_course())
+
+
+# --- experts ------------------------------------------------------------------------------------------------------
+
+EXPERTS, WIDTH, TOKENS = 4, 8, 12
+
+
+def moe_params() -> Params:
+    draws = {"router": (EXPERTS, WIDTH), "up": (EXPERTS, 6, WIDTH), "down": (EXPERTS, WIDTH, 6), "out": (5, WIDTH)}
+    return {name: dense.draw(*shape, seed=i).float() for i, (name, shape) in enumerate(draws.items())}
+
+
+def points(step: int) -> tuple[Tensor, Tensor]:
+    x = dense.draw(TOKENS, WIDTH, seed=step, scale=1.0).float()
+    return x, (x[:, :5] + x[:, 3:]).argmax(1)
+
+
+POINTS = [points(step) for step in range(STEPS)]
+
+
+def moe_course(ep: fcomm.Group, backend: fcomm.Backend, layer: Callable[..., Tensor]) -> Tensor:
+    """Each rank its own tokens and experts; router and output layer are replicated."""
+    params = moe_params()
+    params |= {name: fcomm.shard(params[name], ep, backend) for name in ("up", "down")}
+
+    def loss(params: Params, x: Tensor, label: Tensor) -> Tensor:
+        weight, expert = layers.route(x, params["router"], ep, backend, k=2)
+        y = x + layer(x, weight, expert, params["up"], params["down"], ep, backend)
+        (out,) = layers.replicate([params["out"]], ep, backend)
+        return fcomm.all_reduce_invariant(F.cross_entropy(y @ out.T, label), ep, backend, op="mean")
+
+    return trained(loss, params, [tuple(fcomm.shard(v, ep, backend) for v in batch) for batch in POINTS], rate=0.02)
+
+
+def dense_moe_course() -> Tensor:
+    def loss(p: Params, x: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy((x + dense.moe(x, p["router"], p["up"], p["down"])) @ p["out"].T, label)
+
+    return trained(loss, moe_params(), POINTS, rate=0.02)
+
+
+LAYERS = {"capacity": partial(layers.moe_capacity, capacity=TOKENS), "ragged": layers.moe_ragged}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_training_of_experts(name: str) -> None:
+    ep = fcomm.axis("ep", 2)
+    got = fcomm.simulate(lambda: moe_course(ep, fcomm.sim, LAYERS[name]), ep)()
+    assert_same_course(got, dense_moe_course())
+
+
+def _uneven(x: Tensor, weight: Tensor, expert: Tensor, *rest: Any) -> Tensor:
+    """What a training loop in processes does: the counts go to the host once a step."""
+    counts = layers.expert_counts(expert, EXPERTS, *rest[-2:])
+    return layers.moe_uneven(x, weight, expert, *rest, counts=counts.tolist())
+
+
+def _moe_on_rank(world: fcomm.Group, backend: str) -> list[Tensor]:
+    # tolist needs a tensor that no transform watches: backward() instead of func.grad.
+    return (moe_course(world, getattr(fcomm, backend), LAYERS["ragged"]),)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_of_experts_in_processes(backend: str) -> None:
+    for (course,) in run_ranks(_moe_on_rank, 2, backend):
+        assert_same_course(course, dense_moe_course())
+
+
+# --- pipeline -----------------------------------------------------------------------------------------------------
+
+MICRO, STAGES = 4, 3
+
+
+def pipeline_params(stages: int) -> Params:
+    return {"weight": dense.draw(stages, WIDTH, WIDTH, seed=1).float(), "out": dense.draw(5, WIDTH, seed=2).float()}
+
+
+def stage(params: Params, x: Tensor) -> Tensor:
+    return x + torch.tanh(x @ params["weight"].T)
+
+
+def loss_of(out: Tensor, y: Tensor, label: Tensor) -> Tensor:
+    return F.cross_entropy(y @ out.T, label)
+
+
+def own_stage(stages: int, pp: fcomm.Group, backend: fcomm.Backend) -> Params:
+    """The rank's own weight; the output layer belongs to the last rank, the others' copies get zero gradients."""
+    params = pipeline_params(stages)
+    return {"weight": fcomm.shard(params["weight"], pp, backend)[0], "out": params["out"]}
+
+
+def micro(x: Tensor) -> Tensor:
+    return x.unflatten(0, (MICRO, -1))
+
+
+def gpipe_course(pp: fcomm.Group, backend: fcomm.Backend) -> Tensor:
+    def loss(params: Params, x: Tensor, label: Tensor) -> Tensor:
+        y = layers.gpipe(partial(stage, params), micro(x), pp, backend)
+        return layers.from_last(loss_of(params["out"], y.flatten(0, 1), label), pp, backend)
+
+    return trained(loss, own_stage(pp.size, pp, backend), POINTS, rate=0.02)
+
+
+def dense_pipeline_course(stages: int) -> Tensor:
+    def loss(p: Params, x: Tensor, label: Tensor) -> Tensor:
+        for weight in p["weight"]:
+            x = stage({"weight": weight}, x)
+        return loss_of(p["out"], x, label)
+
+    return trained(loss, pipeline_params(stages), POINTS, rate=0.02)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_training_of_a_pipeline(stages: int) -> None:
+    pp = fcomm.axis("pp", stages)
+    assert_same_course(fcomm.simulate(lambda: gpipe_course(pp, fcomm.sim), pp)(), dense_pipeline_course(stages))
+
+
+def _schedules_on_rank(world: fcomm.Group, backend: str) -> list[str]:
+    """1F1B, GPipe's order, and the differentiable gpipe: one loss, one gradient; and what is in flight."""
+    handles = world, getattr(fcomm, backend)
+    params = {name: p.double() for name, p in own_stage(world.size, *handles).items()}
+    x, label = POINTS[0][0].double(), POINTS[0][1].unflatten(0, (MICRO, -1))
+    kept: list[int] = []
+
+    def counted_stage(params: Params, x: Tensor) -> Tensor:
+        kept.append(1)
+        return stage(params, x)
+
+    # The last rank's loss needs its output layer: it is a parameter of the stage that ends there.
+    def last_stage(params: Params, x: Tensor) -> Tensor:
+        y = counted_stage(params, x)
+        return y @ params["out"].T if world.rank == world.size - 1 else y
+
+    def loss(y: Tensor, m: int) -> Tensor:
+        return F.cross_entropy(y, label[m]) / MICRO
+
+    def whole(params: Params) -> Tensor:
+        y = layers.gpipe(partial(stage, params), micro(x), *handles)
+        return layers.from_last(loss_of(params["out"], y.flatten(0, 1), POINTS[0][1]), *handles)
+
+    wanted, value = grad_and_value(whole)(params)
+    failures = []
+    for in_flight in (None, MICRO, 1):
+        if in_flight == 1 and world.size > 1:
+            continue
+        got_value, got = layers.one_f_one_b(last_stage, loss, params, micro(x), *handles, in_flight=in_flight)
+        for name, a, b in (("loss", got_value, value), *((k, got[k], wanted[k]) for k in wanted)):
+            if not torch.allclose(a, b, rtol=1e-10, atol=1e-10):
+                failures.append(f"in_flight={in_flight}: {name} is {a}, gpipe has {b}")
+    if len(kept) != MICRO * (2 + (world.size == 1)):
+        failures.append(f"{len(kept)} stage calls")
+    return failures
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_1f1b_in_processes(backend: str, n: int) -> None:
+    run_ranks(_schedules_on_rank, n, backend)

@@ -1,0 +1,385 @@
+"""How the layers are used: meshes of two axes, modules, per-sample gradients, bytes, and the choice that is wrong."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import dense
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import draw, stack_parts
+from test_layers import BACKENDS, Traffic, differences, measured
+from torch import Tensor
+from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+import fcomm
+from fcomm import layers
+from fcomm.testing import run_ranks
+
+N = 2
+TP = fcomm.axis("tp", N)
+
+
+def mlp_args() -> tuple[list[Tensor], list[Tensor]]:
+    """x, up, down; and the rows of each rank's up and down."""
+    x, up, _, down, _ = dense.CASES["mlp"].args(N)
+    return [x, up, down], [stack_parts(up, 0, N), stack_parts(down, 1, N)]
+
+
+def dense_loss(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return dense.mlp(x, up, None, down, None).square().mean()
+
+
+# --- the choice that is wrong -------------------------------------------------------------------------------------
+
+
+def mlp_with(enter: Any, leave: Any) -> Any:
+    def loss(up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+        hidden = F.gelu(F.linear(enter(x, TP, fcomm.sim), up))
+        return leave(F.linear(hidden, down), TP, fcomm.sim).square().mean()
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("enter", "leave", "weights_times", "x_times"),
+    [
+        (fcomm.pvary, fcomm.all_reduce_invariant, 1, 1),
+        # all_reduce says: each rank uses the sum in its own way, so n cotangents add up. Here they are n times one.
+        (fcomm.pvary, fcomm.all_reduce, N, N),
+    ],
+)
+def test_all_reduce_where_all_reduce_invariant_belongs(
+    enter: Any, leave: Any, weights_times: int, x_times: int
+) -> None:
+    (x, up, down), parts = mlp_args()
+    loss = mlp_with(enter, leave)
+    of_up, of_down, of_x = fcomm.simulate(grad(loss, argnums=(0, 1, 2)), TP)(*parts, x.expand(N, *x.shape))
+    wanted = grad(dense_loss, argnums=(1, 2, 0))(x, up, down)
+    # The value is right either way: nothing but a gradient check against the dense model shows the fault.
+    value = fcomm.simulate(loss, TP)(*parts, x.expand(N, *x.shape))
+    torch.testing.assert_close(value, dense_loss(x, up, down).expand(N))
+    torch.testing.assert_close(of_up, weights_times * stack_parts(wanted[0], 0, N))
+    torch.testing.assert_close(of_down, weights_times * stack_parts(wanted[1], 1, N))
+    torch.testing.assert_close(of_x, x_times * stack_parts(wanted[2], None, N))
+
+
+def test_without_pvary_a_rank_sees_its_own_part_of_the_gradient_only() -> None:
+    (x, up, down), parts = mlp_args()
+    loss = mlp_with(lambda x, group, backend: x, fcomm.all_reduce_invariant)
+    of_x = fcomm.simulate(grad(loss, argnums=2), TP)(*parts, x.expand(N, *x.shape))
+    wanted = grad(dense_loss)(x, up, down)
+    assert not torch.allclose(of_x[0], of_x[1]), "an invariant value with a gradient that differs by rank"
+    torch.testing.assert_close(of_x.sum(0), wanted)
+
+
+# --- planted faults: the comparison that all layers go through must see them ----------------------------------------
+
+
+def _fault(name: str, **changes: Any) -> list[str]:
+    case = dense.CASES[name]
+    wanted = dense.expected(case, N)
+
+    def one_rank(ct: Tensor, *args: Tensor) -> list[Tensor]:
+        return dense.value_and_vjp(lambda *a: case.parallel(*a, group=TP, backend=fcomm.sim), args, ct)
+
+    return differences(fcomm.simulate(one_rank, TP)(wanted.ct, *wanted.args), wanted.results, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "attribute", "wrong"),
+    [
+        ("mlp", "tensor", "all_reduce_invariant", fcomm.all_reduce),
+        ("row_linear-sequence", "tensor", "pvary", lambda x, group, backend: x),
+        ("column_linear-sequence", "tensor", "all_gather", fcomm.all_gather_invariant),
+        ("transformer_block-sequence", "tensor", "replicate", lambda xs, group, backend: list(xs)),
+        ("cross_entropy", "tensor", "all_reduce_invariant", fcomm.all_reduce),
+        ("ring-causal", "sequence", "causal_mask", lambda n, device: torch.ones(n, n, dtype=torch.bool).triu()),
+        ("ulysses", "sequence", "all_to_all", lambda x, *handles, **kw: fcomm.all_to_all(x.flip(1), *handles, **kw)),
+        ("moe_ragged", "expert", "pvary", lambda x, group, backend: x),
+        ("moe_capacity", "expert", "pvary", lambda x, group, backend: x),
+        ("gather_parameters", "data", "all_gather_coalesced", lambda xs, group, backend: [
+            fcomm.all_gather_invariant(x, group, backend) for x in xs]),
+        ("diffusion_block", "diffusion", "replicate", lambda xs, group, backend: list(xs)),
+        ("diffusion_block", "diffusion", "all_gather_invariant", fcomm.all_gather),
+    ],
+)  # fmt: skip
+def test_a_planted_fault_is_seen(
+    name: str, module: str, attribute: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not _fault(name)
+    monkeypatch.setattr(f"fcomm.layers.{module}.{attribute}", wrong)
+    assert _fault(name)
+
+
+# --- modules and functional_call ----------------------------------------------------------------------------------
+
+
+class ParallelMLP(torch.nn.Module):
+    """Parameters in a module; the layer is the function."""
+
+    def __init__(self, up: Tensor, down: Tensor, group: fcomm.Group, backend: fcomm.Backend) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Parameter(up), torch.nn.Parameter(down)
+        self.group, self.backend = group, backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layers.mlp(x, self.up, None, self.down, None, self.group, self.backend)
+
+
+def test_functional_call_of_a_module() -> None:
+    (x, up, down), (ups, downs) = mlp_args()
+    module = ParallelMLP(ups[0], downs[0], TP, fcomm.sim)
+
+    def one_rank(params: dict[str, Tensor]) -> dict[str, Tensor]:
+        return grad(lambda p: functional_call(module, p, (x,)).square().mean())(params)
+
+    got = fcomm.simulate(one_rank, TP)({"up": ups, "down": downs})
+    wanted = grad(dense_loss, argnums=(1, 2))(x, up, down)
+    torch.testing.assert_close(got["up"], stack_parts(wanted[0], 0, N))
+    torch.testing.assert_close(got["down"], stack_parts(wanted[1], 1, N))
+
+
+class ParallelBlock(torch.nn.Module):
+    """A module of the whole block, trained with torch.optim as any other."""
+
+    def __init__(self, params: dict[str, Tensor], group: fcomm.Group, backend: fcomm.Backend) -> None:
+        super().__init__()
+        self.params = torch.nn.ParameterDict(params)
+        self.group, self.backend = group, backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layers.transformer_block(x, dict(self.params), self.group, self.backend, seq_dim=1)
+
+
+def _block_parts(n: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The parts of x, and of the block's parameters."""
+    x, *params = dense.CASES["transformer_block"].args(n)
+    return [stack_parts(x, 1, n)], [stack_parts(p, d, n) for p, d in zip(params, dense.BLOCK.values(), strict=True)]
+
+
+def _module_on_rank(world: fcomm.Group, backend: str, compiled: bool) -> list[Tensor]:
+    (x,), params = _block_parts(world.size)
+    own = {name: p[world.rank].clone() for name, p in zip(dense.BLOCK, params, strict=True)}
+    module = ParallelBlock(own, world, getattr(fcomm, backend))
+    step = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        # Each rank's own positions: the sum of all ranks' losses is what is differentiated.
+        step(x[world.rank]).square().sum().backward()
+        optimizer.step()
+    return [p.detach() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_module_in_processes(compiled: bool) -> None:
+    x, *params = dense.CASES["transformer_block"].args(N)
+    leaves = [p.clone().requires_grad_() for p in params]
+    optimizer = torch.optim.SGD(leaves, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        dense.block(x, *leaves).square().sum().backward()
+        optimizer.step()
+    ranks = fcomm.run(_module_on_rank, N, BACKENDS[0], compiled)
+    for i, (p, dim) in enumerate(zip(leaves, dense.BLOCK.values(), strict=True)):
+        torch.testing.assert_close(torch.stack([r[i] for r in ranks]), stack_parts(p.detach(), dim, N))
+
+
+# --- per-sample gradients -----------------------------------------------------------------------------------------
+
+
+def _per_sample(up: Tensor, down: Tensor, x: Tensor, group: fcomm.Group, backend: fcomm.Backend) -> Any:
+    def loss(up: Tensor, down: Tensor, sample: Tensor) -> Tensor:
+        return layers.mlp(sample, up, None, down, None, group, backend).square().mean()
+
+    return vmap(grad(loss, argnums=(0, 1)), in_dims=(None, None, 0))(up, down, x)
+
+
+def _wanted_per_sample(x: Tensor, up: Tensor, down: Tensor) -> list[Tensor]:
+    each = [grad(dense_loss, argnums=(1, 2))(sample, up, down) for sample in x]
+    return [stack_parts(torch.stack(g), dim, N) for g, dim in zip(zip(*each, strict=True), (1, 2), strict=True)]
+
+
+def test_per_sample_gradients_simulated() -> None:
+    (x, up, down), parts = mlp_args()
+    got = fcomm.simulate(lambda up, down: _per_sample(up, down, x, TP, fcomm.sim), TP)(*parts)
+    torch.testing.assert_close(list(got), _wanted_per_sample(x, up, down), rtol=1e-10, atol=1e-10)
+
+
+def _per_sample_on_rank(world: fcomm.Group, backend: str) -> Any:
+    (x, _, _), (ups, downs) = mlp_args()
+    return [tuple(_per_sample(ups[world.rank], downs[world.rank], x, world, getattr(fcomm, backend)))]
+
+
+def _hessian_on_rank(world: fcomm.Group, backend: str) -> Any:
+    """Second derivatives through the layer: of the loss by x."""
+    (x, _, _), (ups, downs) = mlp_args()
+    handles = (world, getattr(fcomm, backend))
+    return hessian(lambda x: layers.mlp(x, ups[world.rank], None, downs[world.rank], None, *handles).square().mean())(x)
+
+
+def _small_on_rank(world: fcomm.Group, backend: str) -> Any:
+    return _per_sample_on_rank(world, backend)[0], _hessian_on_rank(world, backend)
+
+
+def test_per_sample_gradients_and_hessian_in_processes() -> None:
+    (x, up, down), _ = mlp_args()
+    ranks = fcomm.run(_small_on_rank, N, BACKENDS[0])
+    for i, wanted in enumerate(_wanted_per_sample(x, up, down)):
+        torch.testing.assert_close(torch.stack([r[0][i] for r in ranks]), wanted, rtol=1e-10, atol=1e-10)
+    for _, got in ranks:
+        torch.testing.assert_close(got, hessian(dense_loss)(x, up, down), rtol=1e-9, atol=1e-9)
+
+
+# --- attention against torch's own --------------------------------------------------------------------------------
+
+
+# Zigzag is an order for the causal mask.
+ATTENTIONS = [(name, causal) for name in ("ulysses", "ulysses-fused", "ring", "usp") for causal in (False, True)]
+
+
+@pytest.mark.parametrize(("name", "causal"), [*ATTENTIONS, ("ring-zigzag", True), ("usp-zigzag", True)])
+def test_attention_is_scaled_dot_product_attention(name: str, causal: bool) -> None:
+    """Value, gradient and jvp, on 2 x 2 ranks or 4."""
+    outer, inner = fcomm.axis("ring", 2), fcomm.axis("ulysses", 2)
+    four = fcomm.axis("sp", 4)
+    q, k, v = (draw(2, 16, heads, 3, seed=s, scale=3.0) for s, heads in ((1, 4), (2, 4), (3, 4)))
+    ct, t = draw(2, 16, 4, 3, seed=4), draw(2, 16, 4, 3, seed=5)
+    order = torch.arange(16)
+    if "zigzag" in name:
+        order = layers.zigzag_order(16, 2 if "usp" in name else 4)
+    zigzag = {"zigzag": "zigzag" in name}
+    layer = {
+        "ulysses": partial(layers.ulysses_attention, group=four),
+        "ulysses-fused": partial(layers.ulysses_attention, group=four, attend=layers.fused_attention),
+        "ring": partial(layers.ring_attention, group=four),
+        "ring-zigzag": partial(layers.ring_attention, group=four, **zigzag),
+        "usp": partial(layers.usp_attention, ulysses=inner, ring=outer),
+        "usp-zigzag": partial(layers.usp_attention, ulysses=inner, ring=outer, **zigzag),
+    }[name]
+
+    def one_rank(q: Tensor, k: Tensor, v: Tensor, ct: Tensor, t: Tensor) -> list[Tensor]:
+        f = partial(layer, backend=fcomm.sim, causal=causal)
+        y, pull = vjp(f, q, k, v)
+        # torch's fused kernel has no forward mode; its math form has.
+        with sdpa_kernel(SDPBackend.MATH):
+            tangent = jvp(f, (q, k, v), (t, t, t))[1]
+        return [y, *pull(ct), tangent]
+
+    def wanted(q: Tensor, k: Tensor, v: Tensor, ct: Tensor, t: Tensor) -> list[Tensor]:
+        f = partial(dense.sdpa, causal=causal)
+        y, pull = vjp(f, q, k, v)
+        return [y, *pull(ct), jvp(f, (q, k, v), (t, t, t))[1]]
+
+    def parts(x: Tensor) -> Tensor:
+        rows = stack_parts(x[:, order], 1, 4)
+        return rows.unflatten(0, (2, 2)) if "usp" in name else rows
+
+    if "usp" in name:
+        stacked = fcomm.simulate(fcomm.simulate(one_rank, inner), outer)
+    else:
+        stacked = fcomm.simulate(one_rank, four)
+    got = stacked(*(parts(x) for x in (q, k, v, ct, t)))
+    assert not differences(got, [parts(x) for x in wanted(q, k, v, ct, t)], name)
+
+
+# --- sharded parameters on dp x tp --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 2), (2, 1)])
+def test_sharded_parameters_with_tensor_parallelism(sizes: tuple[int, int]) -> None:
+    """Each rank holds 1/dp of its 1/tp of the weights, padded where dp does not divide it; gradients come as shares."""
+    dp, tp = fcomm.axis("dp", sizes[0]), fcomm.axis("tp", sizes[1])
+    x, up, down = draw(sizes[0] * 2, 4, 3, seed=1), draw(4, 3, seed=2), draw(3, 4, seed=3)
+
+    def one_rank() -> list[Tensor]:
+        own = [fcomm.shard(up, tp, fcomm.sim), fcomm.shard(down, tp, fcomm.sim, dim=1)]
+        shapes = [p.shape for p in own]
+        batch = fcomm.shard(x, dp, fcomm.sim)
+
+        def loss(shards: list[Tensor]) -> Tensor:
+            a, b = layers.gather_parameters(shards, shapes, dp, fcomm.sim)
+            y = layers.mlp(batch, a, None, b, None, tp, fcomm.sim)
+            return fcomm.all_reduce_invariant(y.square().mean(), dp, fcomm.sim, op="mean")
+
+        shards = layers.shard_parameters(own, dp, fcomm.sim)
+        got = grad(loss)(shards)
+        assert sum(s.numel() for s in shards) < sum(p.numel() for p in own) / sizes[0] + 2
+        return layers.gather_parameters(got, shapes, dp, fcomm.sim)
+
+    got = fcomm.simulate(fcomm.simulate(one_rank, tp), dp)()
+    wanted = grad(lambda p: dense.zero_mlp(x, *p).square().mean())([up, down])
+    for g, w, dim in zip(got, wanted, (0, 1), strict=True):
+        torch.testing.assert_close(g, stack_parts(w, dim, sizes[1]).expand_as(g), rtol=1e-10, atol=1e-10)
+
+
+def test_three_ways_of_data_parallelism_agree() -> None:
+    dp = fcomm.axis("dp", 3)
+    x, up, down = draw(6, 4, 3, seed=1), draw(4, 3, seed=2), draw(3, 4, seed=3)
+
+    def one_rank(batch: Tensor) -> list[list[Tensor]]:
+        def mean_loss(params: list[Tensor]) -> Tensor:
+            own = dense.zero_mlp(batch, *layers.replicate(params, dp, fcomm.sim)).square().mean()
+            return fcomm.all_reduce_invariant(own, dp, fcomm.sim, op="mean")
+
+        own = grad(lambda params: dense.zero_mlp(batch, *params).square().mean())([up, down])
+        return [grad(mean_loss)([up, down]), layers.mean_gradients(own, dp, fcomm.sim)]
+
+    wanted = grad(lambda params: dense.zero_mlp(x, *params).square().mean())([up, down])
+    for way in fcomm.simulate(one_rank, dp)(stack_parts(x, 0, 3)):
+        torch.testing.assert_close(way, [w.expand(3, *w.shape) for w in wanted], rtol=1e-10, atol=1e-10)
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+
+def _bytes_on_rank(world: fcomm.Group, backend: str) -> list[str]:
+    """Bytes a rank sends, float64, by the formulas in the layers' own texts."""
+    n, failures = world.size, []
+    handles = {"group": world, "backend": getattr(fcomm, backend)}
+    each, twice = (n - 1) / n, 2 * (n - 1) / n
+    hidden = 8 * 2 * (2 * n) * 6  # transformer_block: B S D
+    norms = 8 * 2 * 6
+    heads = 8 * 2 * 2 * 3  # ulysses, ring: B S/n C
+    parameters = 8 * 2 * 6 * n
+    tokens = 8 * 2 * n * dense.TOKENS * 4  # moe_capacity: E c D
+    router = 8 * 2 * n * 4
+    textbook = {
+        "transformer_block": (2 * twice * hidden, 2 * twice * hidden),
+        "transformer_block-sequence": (4 * each * hidden, 4 * each * hidden + twice * norms),
+        "cross_entropy": (twice * 3 * 8 * 2 * 3, 0),
+        "ulysses": (each * heads * (2 * 2 * n + 2 * n), each * heads * (2 * 2 * n + 2 * n)),
+        "ring": ((n - 1) * heads * 2 * 3, (n - 1) * heads * 2 * 3),
+        "gather_parameters": (each * parameters, each * parameters),
+        "moe_capacity": (2 * each * tokens, 2 * each * tokens + twice * router),
+    }
+    for name, wanted in textbook.items():
+        case = dense.CASES[name]
+        rows = dense.expected(case, n)
+        got = measured(case, [x[world.rank] for x in rows.args], rows.ct[world.rank], **handles)
+        failures += [f"{name}, {n} ranks: {g.nbytes} bytes, the textbook has {w}"
+                     for g, w in zip(got, wanted, strict=True) if abs(g.nbytes - w) > 1e-6]  # fmt: skip
+    return failures + _gathers_again(n, **handles)
+
+
+def _gathers_again(n: int, **handles: Any) -> list[str]:
+    """Sharded parameters under checkpoint: backward gathers again instead of keeping the whole."""
+    case = dense.CASES["gather_parameters"]
+    x, *shards = (rows[0].clone().requires_grad_() for rows in dense.expected(case, n).args)
+    with Traffic() as forward:
+        y = checkpoint(lambda *shards: case.parallel(x, *shards, **handles), *shards, use_reentrant=False)
+    with Traffic() as backward:
+        y.sum().backward()
+    calls = dict(forward.calls), dict(backward.calls)
+    wanted = {"all_gather": 1}, {"all_gather": 1, "reduce_scatter": 1}
+    return [] if calls == wanted else [f"gather_parameters under checkpoint: {calls}, wanted {wanted}"]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_bytes(n: int) -> None:
+    run_ranks(_bytes_on_rank, n, "c10d")
