@@ -67,10 +67,14 @@ class Live:
 
 _LIVE: dict[str, Live] = {}
 _EPOCHS: dict[str, int] = {}
+# Kept, since the system call for it would be a tenth of a small collective.
+_process = os.getpid()
 
 
 def _keep_what_the_parent_owns() -> None:
     """In a forked child: its destructors would wait for threads that only the parent has. So they never run."""
+    global _process  # noqa: PLW0603
+    _process = os.getpid()
     for record in _LIVE.values():
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(record))
 
@@ -78,26 +82,24 @@ def _keep_what_the_parent_owns() -> None:
 os.register_at_fork(after_in_child=_keep_what_the_parent_owns)
 
 
-def live(group: Group) -> Live:
-    """The group's live record, or the error that says why this process cannot use the group."""
+def live(group: Group, function: str = "fcomm") -> Live:
+    """The group's live record, or the error that says why this process cannot use the group in function."""
     record = _LIVE.get(group.name)
-    if record is not None and record.group == group and record.pid == os.getpid():
+    if record is not None and (record.group is group or record.group == group) and record.pid == _process:
         return record
+    at = f"{function}: group '{group.name}'"
     if group.simulated:
-        raise FcommError(
-            f"group '{group.name}' is a simulated axis; use it inside fcomm.simulate(fn, axis) with backend fcomm.sim"
-        )
+        raise FcommError(f"{at} is a simulated axis; use it inside fcomm.simulate(fn, axis) with backend fcomm.sim")
     if group.rank is None:
         raise FcommError(
-            f"this process is not a member of group '{group.name}' (ranks {list(group.ranks)}); "
-            "call its collectives on its members only"
+            f"{at} has ranks {list(group.ranks)}, and this process is none of them; call it on its members only"
         )
-    if record is not None and record.pid != os.getpid():
+    if record is not None and record.pid != _process:
         raise GroupClosedError(
-            f"group '{group.name}' was created in process {record.pid}, this is its forked child {os.getpid()}; "
+            f"{at} was created in process {record.pid}, this is its forked child {_process}; "
             "create a group in the child, or start processes with fcomm.run"
         )
-    raise GroupClosedError(f"group '{group.name}' is closed; create it again")
+    raise GroupClosedError(f"{at} is closed; create it again")
 
 
 def close(group: Group | None = None) -> None:
@@ -242,7 +244,7 @@ def subgroup(parent: Group, ranks: Sequence[int], *, name: str, timeout_s: float
         raise FcommError(f"subgroup: ranks of '{name}' are {list(members)}; pass each member once, at least one")
     if parent.simulated:
         raise FcommError(f"subgroup: '{parent.name}' is a simulated axis; nest axes, fcomm.axis('{name}', size)")
-    owner = live(parent)
+    owner = live(parent, "subgroup")
     _check_free("subgroup", name)
     world_ranks = tuple(parent.ranks[r] for r in members)
     if parent.rank not in members:
@@ -262,7 +264,7 @@ def split(parent: Group, size: int, *, name: str) -> Group:
             f"split: size is {size!r}, group '{parent.name}' has {parent.size} ranks; pass a divisor of {parent.size}"
         )
     if parent.rank is None:
-        live(parent)
+        live(parent, "split")
     first = (parent.rank or 0) // size * size
     return subgroup(parent, range(first, first + size), name=name)
 
@@ -279,7 +281,7 @@ def mesh(parent: Group, **sizes: int) -> dict[str, Group]:
             f"mesh: the sizes are {sizes}, group '{parent.name}' has {parent.size} ranks; "
             f"pass positive ints whose product is {parent.size}"
         )
-    live(parent)
+    live(parent, "mesh")
     groups, stride = {}, parent.size
     for name, size in sizes.items():
         stride //= size

@@ -1,0 +1,689 @@
+"""Bad input, by exact text: raised before any communication, the same on all ranks, and the group works afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fcomm
+from fcomm import ArgumentError, Backend, FcommError, Group, GroupClosedError
+from fcomm.testing import run_ranks
+
+X = torch.ones(2, 3)
+INTS = torch.ones(4, dtype=torch.int64)
+Call = Callable[[Group, Backend], Any]
+
+# Texts name function, argument, value, group and remedy. The group is 'world' of size 2; on the simulated axis of that
+# name and size they are the same. "{group}" stands for the group's repr, "{backend}" for the backend's.
+BAD: list[tuple[Call, type[Exception], str]] = [
+    # dims
+    (
+        lambda g, b: fcomm.all_gather(X, g, b, dim=2),
+        ArgumentError,
+        "all_gather: dim is 2, out of range for x of shape (2, 3) on group 'world'; choose one in -2 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.all_gather(X, g, b, dim=-4, tiled=False),
+        ArgumentError,
+        "all_gather: dim is -4, out of range for the 3 dimensions of the result on group 'world'; "
+        "choose one in -3 .. 2",
+    ),
+    (
+        lambda g, b: fcomm.all_gather(torch.ones(()), g, b),
+        ArgumentError,
+        "all_gather: dim is 0, out of range for x of shape () on group 'world'; reshape x to (1,)",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter(X, g, b, dim=True),
+        ArgumentError,
+        "reduce_scatter: dim is True, out of range for x of shape (2, 3) on group 'world'; choose one in -2 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter(X, g, b, dim="0"),
+        ArgumentError,
+        "reduce_scatter: dim is '0', out of range for x of shape (2, 3) on group 'world'; choose one in -2 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.all_to_all(X, g, b, split_dim=5),
+        ArgumentError,
+        "all_to_all: split_dim is 5, out of range for x of shape (2, 3) on group 'world'; choose one in -2 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.all_to_all(X, g, b, concat_dim=-3),
+        ArgumentError,
+        "all_to_all: concat_dim is -3, out of range for x of shape (2, 3) on group 'world'; choose one in -2 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.gather(X, g, b, dim=2.0),
+        ArgumentError,
+        "gather: dim is 2.0, out of range for x of shape (2, 3) on group 'world'; choose one in -2 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.scatter(X, g, b, dim=9),
+        ArgumentError,
+        "scatter: dim is 9, out of range for x of shape (2, 3) on group 'world'; choose one in -2 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.shard(X, g, b, dim=2),
+        ArgumentError,
+        "shard: dim is 2, out of range for x of shape (2, 3) on group 'world'; choose one in -2 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.all_gather_invariant(X, g, b, dim=2),
+        ArgumentError,
+        "all_gather_invariant: dim is 2, out of range for x of shape (2, 3) on group 'world'; choose one in -2 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.all_gather_coalesced([X, INTS], g, b, dim=1),
+        ArgumentError,
+        "all_gather_coalesced: dim is 1, out of range for x of shape (4,) on group 'world'; choose one in -1 .. 0",
+    ),
+    # lengths
+    (
+        lambda g, b: fcomm.reduce_scatter(X, g, b, dim=1),
+        ArgumentError,
+        "reduce_scatter: x.shape[1] is 3, not divisible by group 'world' of size 2; pad to 4 or choose another dim",
+    ),
+    (
+        lambda g, b: fcomm.all_to_all(X, g, b, split_dim=1),
+        ArgumentError,
+        "all_to_all: x.shape[1] is 3, not divisible by group 'world' of size 2; pad to 4 or choose another dim",
+    ),
+    (
+        lambda g, b: fcomm.scatter(X, g, b, dim=-1),
+        ArgumentError,
+        "scatter: x.shape[1] is 3, not divisible by group 'world' of size 2; pad to 4 or choose another dim",
+    ),
+    (
+        lambda g, b: fcomm.shard(X, g, b, dim=1),
+        ArgumentError,
+        "shard: x.shape[1] is 3, not divisible by group 'world' of size 2; pad to 4 or choose another dim",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter_coalesced([INTS, X], g, b, dim=-1),
+        ArgumentError,
+        "reduce_scatter_coalesced: x.shape[1] is 3, not divisible by group 'world' of size 2; "
+        "pad to 4 or choose another dim",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter(X, g, b, dim=1, tiled=False),
+        ArgumentError,
+        "reduce_scatter: x.shape[1] is 3, with tiled=False it must be the size 2 of group 'world'; "
+        "reshape x or pass tiled=True",
+    ),
+    (
+        lambda g, b: fcomm.all_to_all(X, g, b, split_dim=1, tiled=False),
+        ArgumentError,
+        "all_to_all: x.shape[1] is 3, with tiled=False it must be the size 2 of group 'world'; "
+        "reshape x or pass tiled=True",
+    ),
+    # sizes
+    (
+        lambda g, b: fcomm.all_gather(X, g, b, sizes=[2]),
+        ArgumentError,
+        "all_gather: sizes is [2]; group 'world' of size 2 needs a list of 2 lengths >= 0, one for each rank",
+    ),
+    (
+        lambda g, b: fcomm.all_gather(X, g, b, sizes=[2, -1]),
+        ArgumentError,
+        "all_gather: sizes is [2, -1]; group 'world' of size 2 needs a list of 2 lengths >= 0, one for each rank",
+    ),
+    (
+        lambda g, b: fcomm.all_gather(X, g, b, sizes=4),
+        ArgumentError,
+        "all_gather: sizes is 4; group 'world' of size 2 needs a list of 2 lengths >= 0, one for each rank",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter(X, g, b, sizes=[1, 2]),
+        ArgumentError,
+        "reduce_scatter: x.shape[0] is 2, sizes=[1, 2] add up to 3; make them agree on group 'world'",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter(X, g, b, sizes=[1.0, 1.0]),
+        ArgumentError,
+        "reduce_scatter: sizes is [1.0, 1.0]; group 'world' of size 2 needs a list of 2 lengths >= 0, "
+        "one for each rank",
+    ),
+    (
+        lambda g, b: fcomm.all_gather(X, g, b, sizes=[1, 1], tiled=False),
+        FcommError,
+        "all_gather: sizes is given with tiled=False; blocks of different lengths cannot be stacked",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter(X, g, b, sizes=[1, 1], tiled=False),
+        FcommError,
+        "reduce_scatter: sizes is given with tiled=False; blocks of different lengths cannot be stacked",
+    ),
+    (
+        lambda g, b: fcomm.all_to_all(X, g, b, send_sizes=[[1, 1]]),
+        FcommError,
+        "all_to_all: a matrix send_sizes needs 2 rows for group 'world', no recv_sizes, and split_dim == concat_dim; "
+        "got 1 rows, recv_sizes=None, 0 and 0",
+    ),
+    (
+        lambda g, b: fcomm.all_to_all(X, g, b, send_sizes=[[1, 2], [2, 1]]),
+        ArgumentError,
+        # The simulated axis says "the longest row of send_sizes=[3]".
+        "all_to_all: x.shape[0] is 2, send_sizes=[{row}] add up to 3; make them agree on group 'world'",
+    ),
+    (
+        lambda g, b: fcomm.all_to_all(X, g, b, recv_sizes=[1, 1]),
+        FcommError,
+        "all_to_all: uneven blocks need tiled=True and send_sizes; pass both",
+    ),
+    # ranks
+    (
+        lambda g, b: fcomm.broadcast(X, g, b, src=2),
+        ArgumentError,
+        "broadcast: src is 2, not a rank of group 'world' of size 2; ranks count within the group, 0 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.broadcast(X, g, b, src=True),
+        ArgumentError,
+        "broadcast: src is True, not a rank of group 'world' of size 2; ranks count within the group, 0 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.reduce(X, g, b, dst="0"),
+        ArgumentError,
+        "reduce: dst is '0', not a rank of group 'world' of size 2; ranks count within the group, 0 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.gather(X, g, b, dst=-1),
+        ArgumentError,
+        "gather: dst is -1, not a rank of group 'world' of size 2; ranks count within the group, 0 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.scatter(X, g, b, src=None),
+        ArgumentError,
+        "scatter: src is None, not a rank of group 'world' of size 2; ranks count within the group, 0 .. 1",
+    ),
+    # permutations
+    (
+        lambda g, b: fcomm.ppermute(X, g, b, perm=[(0, 1), (0, 0)]),
+        ArgumentError,
+        "ppermute: perm=[(0, 1), (0, 0)] names source 0 twice on group 'world'; each rank sends at most once and "
+        "receives at most once, use broadcast or reduce for more",
+    ),
+    (
+        lambda g, b: fcomm.ppermute(X, g, b, perm=[(0, 1), (1, 1)]),
+        ArgumentError,
+        "ppermute: perm=[(0, 1), (1, 1)] names destination 1 twice on group 'world'; each rank sends at most once and "
+        "receives at most once, use broadcast or reduce for more",
+    ),
+    (
+        lambda g, b: fcomm.ppermute(X, g, b, perm=[(0, 2)]),
+        ArgumentError,
+        "ppermute: a rank in perm is 2, not a rank of group 'world' of size 2; ranks count within the group, 0 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.ppermute(X, g, b, perm=[(0, 1, 1)]),
+        ArgumentError,
+        "ppermute: perm has the entry (0, 1, 1) on group 'world'; pass (source, destination) pairs",
+    ),
+    (
+        lambda g, b: fcomm.ppermute(X, g, b, perm=[0, 1]),
+        ArgumentError,
+        "ppermute: perm has the entry 0 on group 'world'; pass (source, destination) pairs",
+    ),
+    (
+        lambda g, b: fcomm.ppermute(X, g, b, perm=1),
+        ArgumentError,
+        "ppermute: perm is 1 on group 'world'; pass (source, destination) pairs",
+    ),
+    # ops
+    (
+        lambda g, b: fcomm.all_reduce(X, g, b, op="avg"),
+        FcommError,
+        "all_reduce: op is 'avg'; choose one of sum, mean, max, min, prod, band, bor, bxor",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter(X, g, b, op="bor"),
+        FcommError,
+        "reduce_scatter: op is 'bor'; choose one of sum, mean, max, min, prod",
+    ),
+    (
+        lambda g, b: fcomm.scan(X, g, b, op="max"),
+        FcommError,
+        "scan: op is 'max'; choose one of sum",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce_invariant(X, g, b, op="prod"),
+        FcommError,
+        "all_reduce_invariant: op is 'prod'; choose one of sum, mean",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce(X, g, b, op="bor"),
+        TypeError,
+        "all_reduce: op 'bor' is defined on integers and bool, x is torch.float32 (on every backend); "
+        "choose another op",
+    ),
+    (
+        lambda g, b: fcomm.reduce(X.to(torch.complex64), g, b, op="max"),
+        TypeError,
+        "reduce: op 'max' needs an order, x is torch.complex64 (on every backend); "
+        "reduce torch.view_as_real(x) or x.abs()",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce(X.bool(), g, b, op="mean"),
+        TypeError,
+        "all_reduce: op 'mean' has no meaning for torch.bool (on every backend); convert x to a float dtype",
+    ),
+    # tensors
+    (
+        lambda g, b: fcomm.all_reduce([1.0, 2.0], g, b),
+        TypeError,
+        "all_reduce: x is list, not a tensor; pass torch.as_tensor(x)",
+    ),
+    (
+        lambda g, b: fcomm.broadcast(3.0, g, b),
+        TypeError,
+        "broadcast: x is float, not a tensor; pass torch.as_tensor(x)",
+    ),
+    (
+        lambda g, b: fcomm.all_gather(None, g, b),
+        TypeError,
+        "all_gather: x is NoneType, not a tensor; pass torch.as_tensor(x)",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce_coalesced(X, g, b),
+        TypeError,
+        "all_reduce_coalesced: xs is one tensor; pass a list of tensors, or call the collective without _coalesced",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce_coalesced([X, 1], g, b),
+        TypeError,
+        "all_reduce_coalesced: x is int, not a tensor; pass torch.as_tensor(x)",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce(X.to_sparse(), g, b),
+        TypeError,
+        "all_reduce: x has layout torch.sparse_coo; collectives take strided tensors, pass x.to_dense()",
+    ),
+    (
+        lambda g, b: fcomm.all_gather(X.to_sparse_csr(), g, b),
+        TypeError,
+        "all_gather: x has layout torch.sparse_csr; collectives take strided tensors, pass x.to_dense()",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter(X.to_sparse(), g, b, op="max"),
+        TypeError,
+        "reduce_scatter: x has layout torch.sparse_coo; collectives take strided tensors, pass x.to_dense()",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce_coalesced([X, X.to_sparse()], g, b),
+        TypeError,
+        "all_reduce_coalesced: x has layout torch.sparse_coo; collectives take strided tensors, pass x.to_dense()",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce(X.to("meta"), g, b),
+        TypeError,
+        "all_reduce: x is on the meta device and has no data; materialise it first",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter(X.to("meta"), g, b, op="prod"),
+        TypeError,
+        "reduce_scatter: x is on the meta device and has no data; materialise it first",
+    ),
+    (
+        lambda g, b: fcomm.broadcast(torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), g, b),
+        TypeError,
+        "broadcast: x is quantized (torch.qint8); pass x.dequantize() or x.int_repr()",
+    ),
+    # handles
+    (
+        lambda g, b: fcomm.all_reduce(X, b, g),
+        TypeError,
+        "all_reduce: group is {backend}; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...",
+    ),
+    (
+        lambda g, b: fcomm.all_gather(X, b, g),
+        TypeError,
+        "all_gather: group is {backend}; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...",
+    ),
+    (
+        lambda g, b: fcomm.broadcast(X, "world", b),
+        TypeError,
+        "broadcast: group is 'world'; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...",
+    ),
+    (
+        lambda g, b: fcomm.ppermute(X, None, b, perm=[]),
+        TypeError,
+        "ppermute: group is None; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...",
+    ),
+    (
+        lambda g, b: fcomm.send(X, b, g),
+        TypeError,
+        "send: group is {backend}; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce(X, g, "c10d"),
+        TypeError,
+        "all_reduce: backend is 'c10d'; pass a Backend, such as fcomm.c10d or fcomm.sim",
+    ),
+    (
+        lambda g, b: fcomm.barrier(g, g),
+        TypeError,
+        "barrier: backend is {group}; pass a Backend, such as fcomm.c10d or fcomm.sim",
+    ),
+    (
+        lambda g, b: fcomm.axis_index(g, None),
+        TypeError,
+        "axis_index: backend is None; pass a Backend, such as fcomm.c10d or fcomm.sim",
+    ),
+    # ragged
+    (
+        lambda g, b: fcomm.ragged_all_to_all(X, X.double(), INTS[:2], INTS[:2], INTS[:2], INTS[:2], g, b),
+        FcommError,
+        "ragged_all_to_all: operand is (2, 3) torch.float32, output (2, 3) torch.float64; only their numbers of rows "
+        "may differ",
+    ),
+    (
+        lambda g, b: fcomm.ragged_all_to_all(X, X[:, :2], INTS[:2], INTS[:2], INTS[:2], INTS[:2], g, b),
+        FcommError,
+        "ragged_all_to_all: operand is (2, 3) torch.float32, output (2, 2) torch.float32; only their numbers of rows "
+        "may differ",
+    ),
+    (
+        lambda g, b: fcomm.ragged_all_to_all(X, X, INTS[:2], INTS, INTS[:2], INTS[:2], g, b),
+        FcommError,
+        "ragged_all_to_all: send_sizes is (4,) torch.int64; group 'world' needs (2,) integers, one for each rank",
+    ),
+    (
+        lambda g, b: fcomm.ragged_all_to_all(X, X, INTS[:2].float(), INTS[:2], INTS[:2], INTS[:2], g, b),
+        FcommError,
+        "ragged_all_to_all: input_offsets is (2,) torch.float32; group 'world' needs (2,) integers, one for each rank",
+    ),
+]
+
+# What only processes, and only a simulated axis, get wrong.
+BAD_IN_PROCESSES: list[tuple[Call, type[Exception], str]] = [
+    (
+        lambda g, b: fcomm.all_reduce(X, g, fcomm.sim),
+        FcommError,
+        "all_reduce: group 'world' is made of processes and backend 'sim' cannot serve it; pass fcomm.c10d",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce(X, fcomm.axis("i", 2), b),
+        FcommError,
+        "all_reduce: group 'i' is a simulated axis and backend 'c10d' cannot serve it; pass fcomm.sim",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce(X, g, replace(b, name="other", devices=("cuda", "npu"))),
+        FcommError,
+        "all_reduce: x is on device 'cpu', backend 'other' takes cuda or npu; "
+        "move x or choose another backend for group 'world'",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce(
+            X, g, replace(b, name="other", lowerings={}, unsupported={"all_reduce": "no bus"})
+        ),
+        FcommError,
+        "all_reduce: backend 'other' cannot do it: no bus; use another backend for group 'world'",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce(X, Group("gone", (0, 1), g.rank), b),
+        GroupClosedError,
+        "all_reduce: group 'gone' is closed; create it again",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce(X, Group("others", (4, 5), None), b),
+        FcommError,
+        "all_reduce: group 'others' has ranks [4, 5], and this process is none of them; call it on its members only",
+    ),
+    (
+        lambda g, b: fcomm.all_gather(X[: g.rank], g, b, sizes=[2, 2]),
+        ArgumentError,
+        "all_gather: x.shape[0] is {rank}, rank {rank}'s entry of sizes=[2, 2] is 2; "
+        "pass the lengths that the ranks of group 'world' hold",
+    ),
+    (
+        lambda g, b: fcomm.all_to_all(X, g, b, send_sizes=[1, 1]),
+        FcommError,
+        "all_to_all: group 'world' needs recv_sizes beside send_sizes, or send_sizes as the matrix of all ranks' sends",
+    ),
+    (
+        lambda g, b: fcomm.all_to_all(
+            X, g, b, send_sizes=[[2, 0], [0, 2]][g.rank], recv_sizes=[[0, 2], [2, 0]][g.rank]
+        ),
+        FcommError,
+        "all_to_all: this rank sends itself 2 of send_sizes={own} and receives 0 of recv_sizes={other} on group "
+        "'world'; make the two equal",
+    ),
+    (
+        lambda g, b: fcomm.send(X, g, b, dst=g.rank),
+        FcommError,
+        "send: dst is {rank}, this rank itself, on group 'world'; use x as it is",
+    ),
+    (
+        lambda g, b: fcomm.recv(X, g, b, src=7),
+        ArgumentError,
+        "recv: src is 7, not a rank of group 'world' of size 2; ranks count within the group, 0 .. 1",
+    ),
+    (
+        lambda g, b: fcomm.recv([1.0], g, b),
+        TypeError,
+        "recv: like is list, not a tensor; pass torch.as_tensor(like)",
+    ),
+]
+
+BAD_ON_AN_AXIS: list[tuple[Call, type[Exception], str]] = [
+    (
+        lambda g, b: fcomm.send(X, g, b, dst=1),
+        FcommError,
+        "send: dst is 1, but every rank of simulated axis 'world' makes this call; leave it out for the neighbour, or "
+        "use ppermute(perm=[(source, destination)])",
+    ),
+    (
+        lambda g, b: fcomm.recv(X, g, b),
+        FcommError,
+        "recv: on group 'world' the token carries the message; pass after=send(..)",
+    ),
+    (
+        lambda g, b: fcomm.all_to_all(X, g, b, send_sizes=[1, 1], recv_sizes=[1, 1]),
+        FcommError,
+        "all_to_all: group 'world' needs send_sizes as the matrix of all ranks' sends",
+    ),
+]
+
+# Of handles themselves, on the ranks of a group of 2.
+BAD_GROUPS: list[tuple[Callable[[Group], Any], type[Exception], str]] = [
+    (
+        lambda g: fcomm.subgroup(g, [0, 2], name="s"),
+        FcommError,
+        "subgroup: rank 2 of 's' is not in group 'world' of size 2",
+    ),
+    (
+        lambda g: fcomm.subgroup(g, [True], name="s"),
+        FcommError,
+        "subgroup: rank True of 's' is not in group 'world' of size 2",
+    ),
+    (
+        lambda g: fcomm.subgroup(g, [], name="s"),
+        FcommError,
+        "subgroup: ranks of 's' are []; pass each member once, at least one",
+    ),
+    (
+        lambda g: fcomm.subgroup(g, [1, 1], name="s"),
+        FcommError,
+        "subgroup: ranks of 's' are [1, 1]; pass each member once, at least one",
+    ),
+    (
+        lambda g: fcomm.subgroup(g, [0, 1], name=""),
+        FcommError,
+        "subgroup: name is ''; pass a non-empty string, the same on every rank",
+    ),
+    (
+        lambda g: fcomm.subgroup(g, [0, 1], name="world"),
+        FcommError,
+        "subgroup: a live group 'world' of ranks [0, 1] exists; close it with fcomm.close, or choose another name",
+    ),
+    (
+        lambda g: fcomm.subgroup(g, [0, 1], name="s", timeout_s=0),
+        FcommError,
+        "subgroup: timeout_s is 0; pass a positive, finite number of seconds",
+    ),
+    (
+        lambda g: fcomm.subgroup(fcomm.axis("i", 2), [0, 1], name="s"),
+        FcommError,
+        "subgroup: 'i' is a simulated axis; nest axes, fcomm.axis('s', size)",
+    ),
+    (
+        lambda g: fcomm.split(g, 3, name="s"),
+        FcommError,
+        "split: size is 3, group 'world' has 2 ranks; pass a divisor of 2",
+    ),
+    (
+        lambda g: fcomm.split(g, True, name="s"),
+        FcommError,
+        "split: size is True, group 'world' has 2 ranks; pass a divisor of 2",
+    ),
+    (
+        lambda g: fcomm.mesh(g, dp=2, tp=2),
+        FcommError,
+        "mesh: the sizes are {'dp': 2, 'tp': 2}, group 'world' has 2 ranks; pass positive ints whose product is 2",
+    ),
+    (
+        fcomm.mesh,
+        FcommError,
+        "mesh: the sizes are {}, group 'world' has 2 ranks; pass positive ints whose product is 2",
+    ),
+    (
+        lambda g: fcomm.mesh(g, dp=-1, tp=-2),
+        FcommError,
+        "mesh: the sizes are {'dp': -1, 'tp': -2}, group 'world' has 2 ranks; pass positive ints whose product is 2",
+    ),
+    (
+        lambda g: fcomm.split("world", 2, name="s"),
+        TypeError,
+        "split: parent is 'world'; pass a Group, from fcomm.init, fcomm.split, ...",
+    ),
+    (
+        lambda g: fcomm.subgroup(Group("gone", (0, 1), 0), [0], name="s"),
+        GroupClosedError,
+        "subgroup: group 'gone' is closed; create it again",
+    ),
+    (
+        lambda g: fcomm.close("world"),
+        TypeError,
+        "close: group is 'world'; pass a Group, or nothing to close all of this process",
+    ),
+    (lambda g: fcomm.axis("", 2), FcommError, "axis: name is ''; pass a non-empty string"),
+    (lambda g: fcomm.axis("i", 0), FcommError, "axis: size of 'i' is 0; pass a positive int"),
+    (lambda g: fcomm.axis("i", True), FcommError, "axis: size of 'i' is True; pass a positive int"),
+    (
+        lambda g: fcomm.init(timeout_s=float("nan")),
+        FcommError,
+        "init: timeout_s is nan; pass a positive, finite number of seconds",
+    ),
+    (
+        lambda g: fcomm.stateless_group("127.0.0.1", 1, 2, 2, name="s"),
+        FcommError,
+        "stateless_group: rank of 's' is 2, not in 0 .. 1; pass this process's own rank",
+    ),
+    (
+        lambda g: fcomm.stateless_group("127.0.0.1", "80", 0, 2, name="s"),
+        FcommError,
+        "stateless_group: port of 's' is '80'; pass an int",
+    ),
+    (
+        lambda g: fcomm.from_process_group(None, name="s"),
+        FcommError,
+        "from_process_group: torch.distributed is not initialised; call init_process_group or fcomm.init",
+    ),
+    (
+        lambda g: fcomm.from_process_group("tp", name="s"),
+        FcommError,
+        "from_process_group: 's' got 'tp', not a ProcessGroup that this process is a member of",
+    ),
+]
+
+
+def raised(call: Callable[[], Any]) -> tuple[type[BaseException], str]:
+    try:
+        call()
+    except Exception as error:
+        return type(error), str(error)
+    return AssertionError, "nothing was raised"
+
+
+def compare(got: tuple[type[BaseException], str], kind: type[Exception], text: str, **words: Any) -> list[str]:
+    for word, value in words.items():
+        text = text.replace("{" + word + "}", str(value))
+    return [] if got[1] == text and issubclass(got[0], kind) else [f"{got[0].__name__}: {got[1]}\n  expected {text}"]
+
+
+def bad_input_on_this_rank(world: Group) -> list[str]:
+    rank, failures = world.rank or 0, []
+    words: dict[str, Any] = {"group": repr(world), "backend": repr(fcomm.c10d), "rank": rank}
+    words |= {"row": ["1, 2", "2, 1"][rank], "own": [[2, 0], [0, 2]][rank], "other": [[0, 2], [2, 0]][rank]}
+    for call, kind, text in BAD + BAD_IN_PROCESSES:
+        failures += compare(raised(lambda: call(world, fcomm.c10d)), kind, text, **words)
+        # One rank's mistake leaves nothing behind: the others are not out of step.
+        if rank == 0:
+            raised(lambda: call(world, fcomm.c10d))
+    for make, kind, text in BAD_GROUPS:
+        failures += compare(raised(lambda: make(world)), kind, text)
+    y = fcomm.all_reduce(torch.tensor(rank + 1), world, fcomm.c10d)
+    return failures if y.item() == 3 else [*failures, f"after all that, all_reduce is {y}"]
+
+
+def test_bad_input_in_processes() -> None:
+    run_ranks(bad_input_on_this_rank, 2)
+
+
+def test_bad_input_on_a_simulated_axis() -> None:
+    axis = fcomm.axis("world", 2)
+    for call, kind, text in BAD + BAD_ON_AN_AXIS:
+        if "[{row}]" in text:
+            text = text.replace("send_sizes=[{row}]", "the longest row of send_sizes=[3]")
+
+        def one_rank(x: Tensor) -> Tensor:
+            failures.extend(
+                compare(raised(lambda: call(axis, fcomm.sim)), kind, text, group=repr(axis), backend=repr(fcomm.sim))
+            )
+            return x
+
+        failures: list[str] = []
+        fcomm.simulate(one_rank, axis)(torch.zeros(2))
+        assert not failures, failures[0]
+
+
+def test_bad_input_in_a_compiled_program() -> None:
+    axis = fcomm.axis("world", 2)
+    program = torch.compile(
+        fcomm.simulate(lambda x: fcomm.reduce_scatter(x, axis, fcomm.sim, dim=1), axis), backend="aot_eager"
+    )
+    with pytest.raises(
+        Exception, match=r"reduce_scatter: x\.shape\[1\] is 3, not divisible by group 'world' of size 2"
+    ):
+        program(torch.ones(2, 2, 3))
+
+
+def test_there_are_enough_messages() -> None:
+    texts = {text for _, _, text in [*BAD, *BAD_IN_PROCESSES, *BAD_ON_AN_AXIS, *BAD_GROUPS]}
+    assert len(texts) >= 100
+
+
+@pytest.mark.parametrize("copy", ["copy.copy", "copy.deepcopy", "pickle.dumps"])
+def test_a_live_group_says_what_to_do_instead_of_copying_it(copy: str) -> None:
+    module, function = copy.split(".")
+    text = (
+        "group 'alone' is a live handle of this process and cannot be pickled or copied; "
+        "pass its name and ranks, and rebuild it there with fcomm.init and fcomm.subgroup"
+    )
+    with pytest.raises(TypeError) as error:
+        getattr(__import__(module), function)(Group("alone", (0,), 0))
+    assert str(error.value) == text
+
+
+def test_a_simulated_axis_is_a_value_and_travels() -> None:
+    import copy
+    import pickle
+
+    axis = fcomm.axis("i", 3)
+    assert copy.deepcopy(axis) == pickle.loads(pickle.dumps(axis)) == axis
