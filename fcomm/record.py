@@ -49,6 +49,11 @@ class Record:
         return tuple((kind.strip(), name) for kind, _, name in (p.rpartition(" ") for p in _parts(self.schema)))
 
     @cached_property
+    def has_lists(self) -> bool:
+        """Whether a static parameter is a list, which rules and lowerings get as a tuple."""
+        return "[]" in self.schema
+
+    @cached_property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensor arguments, in schema order."""
         return self.inputs + self.aux

@@ -15,6 +15,7 @@ it is silently zero. notes/0002-autograd-kernel.md has the measurements.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -102,9 +103,10 @@ def define(
     params = f"{schema.strip(', ')}, " if record.params else ""
     _LIB.define(f"{name}({tensors}Tensor? index, {params}str group, str backend) -> Tensor", tags=_TAGS)
     op = _OPS[name] = getattr(torch.ops.fcomm, name).default
-    _LIB.impl(name, _lowering_kernel(record), "CompositeExplicitAutograd")
+    op.machine = _lowering_kernel(record)  # what Inductor's graphs call
+    _LIB.impl(name, op.machine, "CompositeExplicitAutograd")
     _LIB.impl(name, _autograd_kernel(record, op), "Autograd", with_keyset=True)
-    torch.library.register_fake(f"fcomm::{name}", _fake_kernel(record), lib=_LIB)
+    torch.library.register_fake(f"fcomm::{name}", _fake_kernel(record, op), lib=_LIB)
     torch.library.register_vmap(f"fcomm::{name}", _batching_kernel(record, op), lib=_LIB)
     # Otherwise the compiler drops an unused result, and if only one rank leaves it unused, the others wait for ever.
     torch.fx.node.has_side_effect(op)
@@ -112,12 +114,12 @@ def define(
     return record
 
 
-def apply(name: str, x: Tensor | Sequence[Tensor], group: Group, backend: Backend, *params: Any) -> Tensor:
+def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Backend, *params: Any) -> Tensor:
     """Call a defined collective on x (or its several tensors); params in schema order.
 
     Checks what is common to all collectives; raises FcommError or TypeError before any communication.
     """
-    tensors = (x,) if isinstance(x, Tensor) else tuple(x)
+    tensors = x if isinstance(x, tuple) else (x,)
     check_call(name, tensors, group, backend)
     if not torch.compiler.is_compiling() and _is_plain(tensors):
         # Nothing but the machine is interested: skip the dispatcher, which costs more than a small collective.
@@ -143,7 +145,7 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
             raise TypeError(f"{name}: x has layout {x.layout}; collectives take strided tensors, pass x.to_dense()")
         if x.is_quantized:
             raise TypeError(f"{name}: x is quantized ({x.dtype}); pass x.dequantize() or x.int_repr()")
-        device = x.device.type
+        device = "cpu" if x.is_cpu else x.device.type  # a device object costs as much as all else here
         if device == "meta":
             raise TypeError(f"{name}: x is on the meta device and has no data; materialise it first")
         if backend.devices and device not in backend.devices:
@@ -167,23 +169,27 @@ def _is_plain(tensors: Sequence[Tensor]) -> bool:
     ):
         return False
     grad = _C.is_grad_enabled()
-    return all(
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not (grad and x.requires_grad)
-        and not _C._functorch.is_functorch_wrapped_tensor(x)
-        for x in tensors
-    )
+    for x in tensors:
+        if type(x) not in _PLAIN_TYPES or (grad and x.requires_grad) or _C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+    return True
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Backend, params: Sequence[Any]) -> Tensor:
-    live(group)
-    if group.size == 1 and tensors:
+    live(group, record.name)
+    if len(group.ranks) == 1 and tensors:
         return _alone(record, tensors, params)
+    named = dict(zip(record.params, params, strict=True))
+    if record.has_lists:
+        named = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
     lowering = backend.lowerings.get(record.name)
-    named = {k: tuple(v) if isinstance(v, list) else v for k, v in zip(record.params, params, strict=True)}
     if lowering is not None:
-        ready = [x if _is_ready(x) else x.resolve_conj().resolve_neg().contiguous() for x in tensors]
-        return lowering(*ready, group, **named)
+        if len(tensors) == 1:
+            return lowering(_ready(tensors[0]), group, **named)
+        return lowering(*map(_ready, tensors), group, **named)
     if record.compose is not None:
         return record.compose(*tensors, group, backend, **named)  # type: ignore[no-any-return]
     reason = backend.unsupported.get(record.name, "it has no lowering of that name")
@@ -192,8 +198,10 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
     )
 
 
-def _is_ready(x: Tensor) -> bool:
-    return x.is_contiguous() and not x.is_conj() and not x.is_neg()
+def _ready(x: Tensor) -> Tensor:
+    if x.is_contiguous() and not x.is_conj() and not x.is_neg():
+        return x
+    return x.resolve_conj().resolve_neg().contiguous()
 
 
 def _alone(record: Record, tensors: Sequence[Tensor], params: Sequence[Any]) -> Tensor:
@@ -229,13 +237,14 @@ def _backend(name: str, key: str) -> Backend:
     return backend
 
 
-# --- shapes -------------------------------------------------------------------------------------------------------
+# --- compilers ----------------------------------------------------------------------------------------------------
 
 
-def _fake_kernel(record: Record) -> Rule:
+def _fake_kernel(record: Record, op: Any) -> Rule:
     count = len(record.tensors)
 
     def fake_kernel(*args: Any) -> Tensor:
+        _shorten_inductor_call(op)
         *params, group_key, _ = args[count + 1 :]
         named = dict(zip(record.params, params, strict=True))
         shape = record.shape(*(x.shape for x in args[:count]), _group(record.name, group_key), **named)
@@ -243,6 +252,39 @@ def _fake_kernel(record: Record) -> Rule:
         return x.new_empty(shape, dtype=record.dtype or x.dtype)
 
     return fake_kernel
+
+
+def _shorten_inductor_call(op: Any) -> None:
+    """Let graphs that Inductor compiles from now on call op.machine, and not the op by way of the dispatcher.
+
+    Transforms are done when Inductor generates code, and the dispatcher with its Autograd kernel costs more than a
+    small collective. Called by fake kernels, which Inductor's front end runs: importing it here would take seconds.
+    """
+    lowering: Any = sys.modules.get("torch._inductor.lowering")
+    # Private: Inductor has no public way to say what a generated call looks like. Without these names, or where another
+    # lowering is registered, graphs call the op itself.
+    if (
+        not hasattr(lowering, "fallback_handler")
+        or not hasattr(lowering, "register_lowering")
+        or op in lowering.lowerings
+    ):
+        return
+    from torch._inductor.virtualized import V
+
+    call_op = lowering.fallback_handler(op)
+    direct = f"torch.ops.{op.__module__.rpartition('.')[2]}.{op.__name__}.machine"
+
+    def call_machine(*args: Any, **kwargs: Any) -> Any:
+        result = call_op(*args, **kwargs)
+        node: Any
+        for node in reversed(V.graph.operations):
+            if getattr(node, "op_overload", None) is op:
+                if not V.graph.cpp_wrapper:
+                    node.python_kernel_name = direct
+                break
+        return result
+
+    lowering.register_lowering(op, type_promotion_kind=None)(call_machine)
 
 
 # --- derivatives --------------------------------------------------------------------------------------------------

@@ -202,28 +202,27 @@ def _all_to_all(
     recv_sizes: Sequence[int] | None,
 ) -> Called:
     code, width = _CODES[x.dtype]
-    n = group.size
-    options: Any = (code, split_dim, concat_dim, tiled)
+    n, rank = group.size, group.rank or 0
+    tag: Any = (code, split_dim, concat_dim, tiled)
     if send_sizes is None or recv_sizes is None:
+        block = [*x.shape]
+        block[split_dim : split_dim + 1] = [x.shape[split_dim] // n] if tiled else []
+        shape = [*block]
+        shape[concat_dim : concat_dim + tiled] = [block[concat_dim] * n if tiled else n]
         sent: Any = _blocks(x.shape, split_dim, width, n)
-        block = [*x.shape[:split_dim], *([x.shape[split_dim] // n] if tiled else []), *x.shape[split_dim + 1 :]]
-        shape = (
-            _with(block, concat_dim, block[concat_dim] * n) if tiled else (*block[:concat_dim], n, *block[concat_dim:])
-        )
         received: Any = _blocks(shape, concat_dim, width, n)
-        options = (*options, x.shape)
+        tag = (*tag, x.shape)
     else:
+        shape = [*x.shape]
+        shape[split_dim], shape[concat_dim] = send_sizes[rank], sum(recv_sizes)
         sent = _uneven(x.shape, split_dim, width, send_sizes)
-        shape = _with(_with(x.shape, split_dim, send_sizes[group.rank or 0]), concat_dim, sum(recv_sizes))
         received = _uneven(shape, concat_dim, width, recv_sizes)
-        rest = tuple(d for k, d in enumerate(x.shape) if k not in (split_dim, concat_dim))
-        # With one dim the sizes are each rank's own, and the engine compares them pair by pair.
-        options = (
-            (*options, rest) if split_dim == concat_dim else (*options, rest, tuple(send_sizes), tuple(recv_sizes))
-        )
+        tag = (*tag, *(d for k, d in enumerate(x.shape) if k not in (split_dim, concat_dim)))
+        if split_dim != concat_dim:
+            tag = (*tag, tuple(send_sizes), tuple(recv_sizes))
     y = _new(shape, x, width)
-    uneven = send_sizes is not None and split_dim == concat_dim
-    return native.all_to_all(x.data_ptr(), sent, y.data_ptr(), received, uneven, hash(options), handle), y
+    # Uneven: where the two dims are one, the sizes are each rank's own; the engine compares them, pair by pair.
+    return native.all_to_all(x.data_ptr(), sent, y.data_ptr(), received, send_sizes is not None, hash(tag), handle), y
 
 
 def _ppermute(x: Tensor, group: Group, handle: Any, *, perm: Sequence[int]) -> Called:
