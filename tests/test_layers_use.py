@@ -68,6 +68,30 @@ def test_all_reduce_where_all_reduce_invariant_belongs(
     torch.testing.assert_close(of_x, x_times * stack_parts(wanted[2], None, N))
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_wrong_choice_grows_with_depth(n: int) -> None:
+    """n times too much in the last of two layers, n * n in the first: no learning rate mends that."""
+    tp = fcomm.axis("tp", n)
+    x, *weights = (
+        draw(*shape, seed=i) for i, shape in enumerate([(2, 3), (2 * n, 3), (3, 2 * n), (2 * n, 3), (3, 2 * n)])
+    )
+    dims = (0, 1, 0, 1)
+
+    def loss(leave: Any, *parts: Tensor) -> Tensor:
+        y = x
+        for up, down in (parts[:2], parts[2:]):
+            y = leave(F.linear(F.gelu(F.linear(fcomm.pvary(y, tp, fcomm.sim), up)), down), tp, fcomm.sim)
+        return y.square().mean()
+
+    rows = [stack_parts(w, d, n) for w, d in zip(weights, dims, strict=True)]
+    right, wrong = (
+        fcomm.simulate(grad(partial(loss, leave), argnums=(0, 1, 2, 3)), tp)(*rows)
+        for leave in (fcomm.all_reduce_invariant, fcomm.all_reduce)
+    )
+    for a, b, times in zip(right, wrong, (n * n, n * n, n, n), strict=True):
+        torch.testing.assert_close(b, times * a)
+
+
 def test_without_pvary_a_rank_sees_its_own_part_of_the_gradient_only() -> None:
     (x, up, down), parts = mlp_args()
     loss = mlp_with(lambda x, group, backend: x, fcomm.all_reduce_invariant)
