@@ -33,18 +33,22 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _exchange(on: Communicator, x: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
-    """Send the first sends[0] elements of flat x to rank 0, the next sends[1] to rank 1, ...; recvs[r] come from r."""
+    """Send the first sends[0] elements of flat x to rank 0, the next sends[1] to rank 1, ...; recvs[r] come from r.
+
+    Every rank calls it, the one with nothing to send or receive too: gloo makes the others wait for it.
+    """
     y = x.new_empty(sum(recvs))
     width = x.element_size()
     options = dist.AllToAllOptions()
     splits = [d * width for d in recvs], [d * width for d in sends]
-    if sum(sends) or sum(recvs):
-        call(on, lambda pg: pg.alltoall_base(_bytes(y), _bytes(x), *splits, options))
+    call(on, lambda pg: pg.alltoall_base(_bytes(y), _bytes(x), *splits, options))
     return y
 
 
 def _exchange_rows(on: Communicator, x: Tensor) -> Tensor:
     """x is [n, ..]: row r goes to rank r, and row r of the result comes from it."""
+    if not x.numel():
+        return torch.empty_like(x)
     each = [x[0].numel()] * on.size
     return _exchange(on, x.reshape(-1), each, each).reshape(x.shape)
 
@@ -224,6 +228,8 @@ def _agree_on_blocks(
 
 def _ppermute(x: Tensor, on: Communicator, *, perm: Sequence[int]) -> Tensor:
     here, size = on.rank, x.numel()
+    if not size:
+        return torch.empty_like(x)
     sends = [size if (here, r) in pairs(perm) else 0 for r in range(on.size)]
     recvs = [size if (r, here) in pairs(perm) else 0 for r in range(on.size)]
     y = _exchange(on, x.reshape(-1) if any(sends) else x.new_empty(0), sends, recvs)
@@ -241,15 +247,19 @@ def _broadcast(x: Tensor, on: Communicator, *, src: int) -> Tensor:
 
 def _gather(x: Tensor, on: Communicator, *, dst: int, dim: int) -> Tensor:
     root, size = on.rank == dst, x.numel()
-    sends = [size if r == dst else 0 for r in range(on.size)]
-    y = _exchange(on, x.reshape(-1), sends, [size if root else 0] * on.size)
-    rows = y.reshape(on.size, *x.shape) if root else x.new_zeros((on.size, *x.shape))
+    rows = x.new_zeros((on.size, *x.shape))
+    if size:
+        sends = [size if r == dst else 0 for r in range(on.size)]
+        y = _exchange(on, x.reshape(-1), sends, [size if root else 0] * on.size)
+        rows = y.reshape(rows.shape) if root else rows
     return _unstack(rows, dim)
 
 
 def _scatter(x: Tensor, on: Communicator, *, src: int, dim: int) -> Tensor:
     rows = _stack_blocks(x, dim, on.size)
     size = rows[0].numel()
+    if not size:
+        return rows[0].clone()
     sends = [size if on.rank == src else 0] * on.size
     recvs = [size if r == src else 0 for r in range(on.size)]
     flat = rows.reshape(-1) if on.rank == src else x.new_empty(0)
