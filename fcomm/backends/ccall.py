@@ -4,8 +4,8 @@ A table has one row for each symbol, with the C declaration above it. A call is
 
     library.call("ncclAllReduce", send, recv, count, dtype, op, comm, stream)
 
-and raises unless the status is success or one of `pending`. A symbol that this version of the library lacks is an
-error that names it; `"ncclAlltoAll" in library` asks first.
+and raises unless the status is success or one of `pending`. A symbol that this library lacks is an error that names it;
+`"ncclAlltoAll" in library` asks first.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from fcomm.errors import BackendError, BackendUnavailableError, CollectiveTimeoutError, FcommError, PeerDiedError
+from fcomm.errors import BackendError, BackendPeerError, BackendTimeoutError, BackendUnavailableError
 
 
 @dataclass(frozen=True)
 class Symbol:
     """A row: the argument types of a function, and since when it exists.
 
-    since: a version as the library itself numbers it; 0: every supported version has it.
-    optional: the library works without it.  result: None for a status code, else the type.
+    since: a version as the library itself numbers it; an older library's symbol of that name is not used.
+    optional: the library works without it. Rows with `since` are, whatever the library says of its version.
+    result: None for a status code, else the type.
     """
 
     args: tuple[Any, ...]
@@ -31,12 +32,16 @@ class Symbol:
     optional: bool = False
     result: Any = None
 
+    @property
+    def required(self) -> bool:
+        return not (self.since or self.optional)
+
 
 @dataclass(frozen=True)
 class Codes:
     """What a library's status codes mean.
 
-    names: code -> the library's name for it.  pending: codes that are no error. timeout, remote: codes that mean a
+    names: code -> the library's name for it.  pending: codes that are no error.  timeout, remote: codes that mean a
     deadline of the library's own, and a lost peer.
     explain: (library, code) -> the library's own text about it.
     """
@@ -48,7 +53,7 @@ class Codes:
     pending: tuple[int, ...] = ()
 
     def name(self, code: int) -> str:
-        return self.names.get(code, f"an unknown code {code}")
+        return self.names.get(code, f"unknown code {code}")
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,9 @@ class Library:
 
 
 def check(library: Library, code: int, call: str) -> None:
-    """Raise the error that a status code means: a deadline, a lost peer, or BackendError with code and code_name.
+    """Raise the error that a status code means, with code and code_name: see error_of.
 
-    call: what returned it, for the text. The caller adds collective, group and rank: see `at`.
+    call: what returned it, for the text. Collective, group and rank are added where they are known: failure.py.
     """
     codes = library.codes
     if code == 0 or code in codes.pending:
@@ -101,20 +106,10 @@ def check(library: Library, code: int, call: str) -> None:
     raise error_of(library.codes, code, f"{call} returned {name} ({code}): {text}")
 
 
-def error_of(codes: Codes, code: int, text: str) -> FcommError:
-    """The error of a status code, of this rank or as another rank reported it."""
-    if code in codes.timeout:
-        return CollectiveTimeoutError(text)
-    if code in codes.remote:
-        return PeerDiedError(text)
-    return BackendError(text, code=code, code_name=codes.name(code))
-
-
-def at(error: FcommError, where: str) -> FcommError:
-    """The same error with the collective, group and rank in front of its text."""
-    if isinstance(error, BackendError):
-        return BackendError(f"{where}{error}", code=error.code, code_name=error.code_name)
-    return type(error)(f"{where}{error}")
+def error_of(codes: Codes, code: int, text: str) -> BackendError:
+    """The error of a status code, of this rank or as another rank reported it: a deadline, a lost peer, or the rest."""
+    kind = BackendTimeoutError if code in codes.timeout else BackendPeerError if code in codes.remote else BackendError
+    return kind(text, code=code, code_name=codes.name(code))
 
 
 def bind(
@@ -128,7 +123,7 @@ def bind(
     """Look the rows up, each in the first of handles that has it, and give the functions their types.
 
     version: asks the bound functions for the library's version.
-    Raises BackendUnavailableError naming what a supported version must have and this library has not.
+    Raises BackendUnavailableError naming the required symbols that the library has not.
     """
     functions: dict[str, Callable[..., Any]] = {}
     for symbol, row in symbols.items():
@@ -136,14 +131,12 @@ def bind(
         if found is not None:
             found.argtypes, found.restype = list(row.args), ctypes.c_int if row.result is None else row.result
             functions[symbol] = found
-    missing = [s for s, row in symbols.items() if s not in functions and not row.optional and not row.since]
+    missing = [symbol for symbol, row in symbols.items() if row.required and symbol not in functions]
     if missing:
         raise BackendUnavailableError(_without(name, path, 0, missing, symbols))
     number = version(functions)
-    missing = [s for s, row in symbols.items() if s not in functions and not row.optional and 0 < row.since <= number]
-    if missing:
-        raise BackendUnavailableError(_without(name, path, number, missing, symbols))
-    return Library(name, path, number, codes, symbols, functions)
+    usable = {symbol: function for symbol, function in functions.items() if symbols[symbol].since <= number}
+    return Library(name, path, number, codes, symbols, usable)
 
 
 def _without(name: str, path: str, version: int, missing: Sequence[str], symbols: Mapping[str, Symbol]) -> str:

@@ -23,7 +23,9 @@ class Search:
     """Where one library may be.
 
     soname: what the system's loader knows it as.  variable: the environment variable that may name its path.
-    packages: (package, path inside it) of the vendor's wheels.  directories: of the vendor's own installation.
+    packages: (package, path inside it) of the vendor's wheels.  directories: of the vendor's own installation, where
+    $VARIABLE stands for its value.
+    companion: the soname of a second library that may have some of the symbols; looked for beside the first.
     hint: how to install it, quoted by the error.
     """
 
@@ -32,6 +34,7 @@ class Search:
     packages: tuple[tuple[str, str], ...]
     directories: tuple[str, ...]
     hint: str
+    companion: str | None = None
 
 
 def find(search: Search, argument: str | os.PathLike[str] | None = None) -> str:
@@ -52,15 +55,24 @@ def find(search: Search, argument: str | os.PathLike[str] | None = None) -> str:
     if loaded is not None:
         return loaded
     installed = [_in_package(*entry) for entry in search.packages]
-    installed += [os.path.join(directory, search.soname) for directory in search.directories]
+    expanded = [os.path.expandvars(directory) for directory in search.directories]
+    installed += [os.path.join(directory, search.soname) for directory in expanded if os.path.isabs(directory)]
     return next((path for path in installed if path is not None and os.path.isfile(path)), search.soname)
 
 
-def load(search: Search, argument: str | os.PathLike[str] | None = None) -> tuple[ctypes.CDLL, str]:
-    """The library and the path it was loaded from; CDLL, not PyDLL, so that waiting calls let other threads run."""
+def load(search: Search, argument: str | os.PathLike[str] | None = None) -> tuple[list[ctypes.CDLL], str]:
+    """The library, its companion if there is one, and the library's path.
+
+    CDLL, not PyDLL, so that waiting calls let other threads run.
+    """
     path = find(search, argument)
+    beside = os.path.join(os.path.dirname(path), search.companion) if search.companion else ""
     try:
-        return ctypes.CDLL(path), path
+        if os.path.isabs(path) and os.path.isfile(beside):
+            # Before the library, and with its symbols seen by all: the library looks them up by name.
+            other = ctypes.CDLL(check_path(beside, "companion"), mode=ctypes.RTLD_GLOBAL)
+            return [ctypes.CDLL(path), other], path
+        return [ctypes.CDLL(path)], path
     except OSError as error:
         looked = [f"{search.variable} (unset)"] if argument is None and search.variable not in os.environ else []
         looked += [f"{package}/{inside}" for package, inside in search.packages] if path == search.soname else []

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fcomm.arithmetic import fold
-from fcomm.backends.communicator import Comm, Machine, Team, is_capturing, issue, send_later, synchronize, team
+from fcomm.backends.communicator import issue, team
+from fcomm.backends.later import send_later
+from fcomm.backends.machine import Comm, Machine, is_capturing, synchronize
 from fcomm.collectives.exchange import pairs
-from fcomm.errors import MismatchError
+from fcomm.errors import FcommError, MismatchError
 from fcomm.group import Backend, Group
 
 
@@ -34,34 +36,46 @@ def _call(m: Machine, name: str, x: Tensor, group: Group, fn: Callable[[Comm], N
 # --- movement -----------------------------------------------------------------------------------------------------
 
 
-def _bytes(x: Tensor) -> Tensor:
-    # Moving takes no dtype, and int16, complex and float8 have no name in every version.
-    return x.reshape(-1).view(torch.uint8)
+def _flat(m: Machine, x: Tensor) -> Tensor:
+    """x as the library moves it: complex as pairs, what has no name in every version as bytes."""
+    return _as(m.moves.get(x.dtype, torch.uint8), x)
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    # A tensor over someone else's buffer may start anywhere; the libraries want a multiple of the element size.
+    flat = x.reshape(-1).view(dtype)
+    return flat.clone() if flat.data_ptr() % dtype.itemsize else flat
 
 
 def _exchange(m: Machine, name: str, group: Group, x: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
     """Send the first sends[0] elements of flat x to rank 0, the next sends[1] to rank 1, ...; recvs[r] come from r."""
-    y, width = x.new_empty(sum(recvs)), x.element_size()
-    if sum(sends) or sum(recvs):
-        counts = [d * width for d in sends], [d * width for d in recvs]
-        _call(m, name, x, group, lambda c: m.exchange(c, _bytes(x), counts[0], _bytes(y), counts[1]))
+    y = x.new_empty(sum(recvs))
+    sent, received = _flat(m, x), _flat(m, y)
+    each = x.element_size() // sent.element_size()
+    counts = [d * each for d in sends], [d * each for d in recvs]
+    # Even a rank that neither sends nor receives calls: on HCCL this is a collective.
+    _call(m, name, x, group, lambda c: m.exchange(c, sent, counts[0], received, counts[1]))
+    return y
+
+
+def _move(
+    m: Machine, name: str, group: Group, x: Tensor, y: Tensor, native: Callable[..., None], *rest: int | None
+) -> Tensor:
+    """y, after native(comm, x, y, *rest) on both as the library moves them; all ranks have elements, or none has."""
+    if x.numel():
+        sent, received = _flat(m, x), _flat(m, y)
+        _call(m, name, x, group, lambda c: native(c, sent, received, *rest))
     return y
 
 
 def _exchange_rows(m: Machine, name: str, group: Group, x: Tensor) -> Tensor:
     """x is [n, ..]: row r goes to rank r, and row r of the result comes from it."""
-    y = torch.empty_like(x)
-    if y.numel():
-        _call(m, name, x, group, lambda c: m.all_to_all(c, _bytes(x), _bytes(y)))
-    return y
+    return _move(m, name, group, x, torch.empty_like(x), m.all_to_all)
 
 
 def _gather_rows(m: Machine, name: str, group: Group, x: Tensor) -> Tensor:
     """[n, *x.shape]: every rank's x."""
-    y = x.new_empty((group.size, *x.shape))
-    if y.numel():
-        _call(m, name, x, group, lambda c: m.all_gather(c, _bytes(x), _bytes(y)))
-    return y
+    return _move(m, name, group, x, x.new_empty((group.size, *x.shape)), m.all_gather)
 
 
 def _agree(m: Machine, name: str, group: Group, x: Tensor, numbers: Sequence[int]) -> list[list[int]] | None:
@@ -72,7 +86,8 @@ def _agree(m: Machine, name: str, group: Group, x: Tensor, numbers: Sequence[int
     if is_capturing(x.device):
         return None
     mine = torch.tensor(list(numbers), dtype=torch.int64, device=x.device)
-    return _gather_rows(m, name, group, mine).tolist()  # type: ignore[no-any-return]
+    said: list[list[int]] = _gather_rows(m, name, group, mine).tolist()
+    return said
 
 
 def _agree_on(m: Machine, name: str, option: str, group: Group, x: Tensor, sizes: Sequence[int]) -> None:
@@ -102,8 +117,10 @@ def _pack(x: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, list[int]]
 # --- reductions ---------------------------------------------------------------------------------------------------
 
 # The mean of these is their sum, divided: of bool it has no meaning, and torch does not divide wide unsigned integers.
-_DIVIDED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64)
-_DIVIDED += (torch.complex64, torch.complex128)
+_DIVIDED = (
+    *(torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64),
+    *(torch.float32, torch.float64, torch.complex64, torch.complex128),
+)
 
 
 def _native(m: Machine, dtype: torch.dtype, op: str) -> tuple[torch.dtype, str] | None:
@@ -123,7 +140,10 @@ def _divided(y: Tensor, op: str, size: int) -> Tensor:
 def _fold_rows(
     m: Machine, name: str, group: Group, x: Tensor, of: Callable[[Sequence[Tensor]], Tensor], each: bool = False
 ) -> Tensor:
-    """Each rank folds one block of all ranks' x. of: the ranks' blocks -> the result's block; each: one for each rank."""
+    """Each rank folds one block of all ranks' x.
+
+    of: the ranks' blocks -> the result's block, or with each=True one for each rank.
+    """
     n, flat = group.size, x.reshape(-1)
     blocks = x.new_zeros((n, -(-flat.numel() // n)))
     blocks.view(-1)[: flat.numel()].copy_(flat)
@@ -140,7 +160,7 @@ def _all_reduce(m: Machine, x: Tensor, group: Group, *, op: str) -> Tensor:
         return _fold_rows(m, "all_reduce", group, x, lambda blocks: fold(blocks, op))
     wire, wire_op = native
     y = torch.empty_like(x)
-    sent, received = x.reshape(-1).view(wire), y.reshape(-1).view(wire)
+    sent, received = _as(wire, x), _as(wire, y)
     _call(m, "all_reduce", x, group, lambda c: m.all_reduce(c, sent, received, wire_op))
     return _divided(y, op, group.size)
 
@@ -163,7 +183,7 @@ def _reduce(m: Machine, x: Tensor, group: Group, *, dst: int, op: str) -> Tensor
         return y if root else y.zero_()
     wire, wire_op = native
     y = torch.empty_like(x)
-    sent, received = x.reshape(-1).view(wire), y.reshape(-1).view(wire)
+    sent, received = _as(wire, x), _as(wire, y)
     _call(m, "reduce", x, group, lambda c: m.reduce(c, sent, received, wire_op, dst))
     return _divided(y, op, group.size) if root else y.zero_()
 
@@ -185,7 +205,7 @@ def _reduce_scatter(
         return fold(_exchange_rows(m, name, group, rows).unbind(0), op)
     wire, wire_op = native
     y = rows.new_empty(rows.shape[1:])
-    sent, received = rows.reshape(-1).view(wire), y.reshape(-1).view(wire)
+    sent, received = _as(wire, rows), _as(wire, y)
     _call(m, name, x, group, lambda c: m.reduce_scatter(c, sent, received, wire_op))
     return _divided(y, op, n)
 
@@ -261,31 +281,21 @@ def _ppermute(m: Machine, x: Tensor, group: Group, *, perm: Sequence[int]) -> Te
     if src == here:
         return x.clone()
     y = torch.zeros_like(x) if src is None else torch.empty_like(x)
-    if x.numel() and (dst is not None or src is not None):
-        _call(m, "ppermute", x, group, lambda c: m.permute(c, _bytes(x), dst, _bytes(y), src))
-    return y
+    return y if dst is None and src is None else _move(m, "ppermute", group, x, y, m.permute, dst, src)
 
 
 def _broadcast(m: Machine, x: Tensor, group: Group, *, src: int) -> Tensor:
-    y = torch.empty_like(x)
-    if y.numel():
-        _call(m, "broadcast", x, group, lambda c: m.broadcast(c, _bytes(x), _bytes(y), src))
-    return y
+    return _move(m, "broadcast", group, x, torch.empty_like(x), m.broadcast, src)
 
 
 def _gather(m: Machine, x: Tensor, group: Group, *, dst: int, dim: int) -> Tensor:
     rows = (x.new_empty if group.rank == dst else x.new_zeros)((group.size, *x.shape))
-    if rows.numel():
-        _call(m, "gather", x, group, lambda c: m.gather(c, _bytes(x), _bytes(rows), dst))
-    return _unstack(rows, dim)
+    return _unstack(_move(m, "gather", group, x, rows, m.gather, dst), dim)
 
 
 def _scatter(m: Machine, x: Tensor, group: Group, *, src: int, dim: int) -> Tensor:
     rows = _stack_blocks(x, dim, group.size)
-    y = rows.new_empty(rows.shape[1:])
-    if y.numel():
-        _call(m, "scatter", x, group, lambda c: m.scatter(c, _bytes(rows), _bytes(y), src))
-    return y
+    return _move(m, "scatter", group, rows, rows.new_empty(rows.shape[1:]), m.scatter, src)
 
 
 # --- one edge, and none -------------------------------------------------------------------------------------------
@@ -296,27 +306,31 @@ def _header(x: Tensor) -> Tensor:
 
 
 def _send(m: Machine, x: Tensor, group: Group, *, dst: int) -> Tensor:
-    # A copy: the caller may write x again before it has left. The receiver learns the size first: NCCL would write past
-    # the end of a smaller tensor, or wait for ever for the rest of a larger one.
+    # A copy: the caller may write x again before it has left. The receiver learns the size first: NCCL would write
+    # past the end of a smaller tensor, or wait for ever for the rest of a larger one. Both go as bytes, so that a
+    # receiver of another dtype can take them and say what is wrong.
+    on, edge = team(m, group, x.device), (group.rank or 0, dst)
     for part in (_header(x), x.clone()):
         if part.numel():
-            _send_part(team(m, group, x.device), m, part, dst)
+            send_later(on, part, dst, partial(issue, on, "send", partial(_send_part, m, _as(torch.uint8, part)), edge))
     return x.new_empty(0)
 
 
-def _send_part(on: Team, m: Machine, part: Tensor, dst: int) -> None:
-    send_later(on, part, dst, lambda c: m.send(c, _bytes(part), 1))
+def _send_part(m: Machine, part: Tensor, c: Comm) -> None:
+    m.send(c, part, 1)
 
 
 def _recv(m: Machine, after: Tensor, like: Tensor, group: Group, *, src: int) -> Tensor:
     on, edge = team(m, group, like.device), (src, group.rank or 0)
+    if is_capturing(like.device):
+        raise FcommError(f"{on.where('recv')}: a graph cannot capture it, it reads the message's size; use ppermute")
     header = torch.empty(2, dtype=torch.int64, device=like.device)
-    issue(on, "recv", lambda c: m.recv(c, _bytes(header), 0), edge)
+    issue(on, "recv", lambda c: m.recv(c, _as(torch.uint8, header), 0), edge)
     count, width = header.tolist()
     y = torch.empty_like(like)
     fits = [count, width] == [like.numel(), like.element_size()]
     # What does not fit is taken off the edge, or the sender would wait for it to be.
-    into = _bytes(y) if fits else torch.empty(count * width, dtype=torch.uint8, device=like.device)
+    into = _as(torch.uint8, y) if fits else torch.empty(count * width, dtype=torch.uint8, device=like.device)
     if count:
         issue(on, "recv", lambda c: m.recv(c, into, 0), edge)
     if not fits:

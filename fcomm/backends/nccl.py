@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fcomm.backends import ccall, library
 from fcomm.backends.ccall import Library, Symbol
-from fcomm.backends.communicator import LOG, Comm, Machine
 from fcomm.backends.lowering import backend
+from fcomm.backends.machine import LOG, Comm, Machine
 from fcomm.errors import BackendUnavailableError
 from fcomm.group import BACKENDS, Backend, register_backend
 
@@ -40,7 +40,7 @@ CODES = {
     8: "ncclTimeout",  # since 2.30.3
 }
 
-# ncclDataType_t. bool, int16, uint16, uint32 as a torch reduction, complex: see REDUCTIONS.
+# ncclDataType_t
 DTYPES = {
     torch.int8: 0,
     torch.uint8: 1,
@@ -58,6 +58,14 @@ DTYPES = {
 
 # ncclRedOp_t; ncclAvg, 4, is not used: lowering.py says why
 OPS = {"sum": 0, "prod": 1, "max": 2, "min": 3}
+
+# dtype -> the dtype it moves as. Not here, so moved as bytes: int16 and uint16, which have no name in NCCL, and float8,
+# which has none before 2.24.
+MOVES = {d: d for d in DTYPES if d not in (torch.float8_e4m3fn, torch.float8_e5m2)} | {
+    torch.bool: torch.uint8,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.uint32, torch.int64, torch.uint64)
 _FLOATS = (torch.float32, torch.float64)
@@ -118,7 +126,7 @@ SYMBOLS = {
     # const char* ncclGetErrorString(ncclResult_t result)
     "ncclGetErrorString": Symbol((c_int,), result=c_char_p),
     # const char* ncclGetLastError(ncclComm_t comm)
-    "ncclGetLastError": Symbol((_COMM,), result=c_char_p),
+    "ncclGetLastError": Symbol((_COMM,), optional=True, result=c_char_p),
     # --- communicators
     # ncclResult_t ncclGetUniqueId(ncclUniqueId* uniqueId)
     "ncclGetUniqueId": Symbol((POINTER(UniqueId),)),
@@ -126,9 +134,9 @@ SYMBOLS = {
     "ncclCommInitRank": Symbol((POINTER(_COMM), c_int, UniqueId, _RANK)),
     # ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int nranks, ncclUniqueId commId, int rank,
     #                                     ncclConfig_t* config)
-    "ncclCommInitRankConfig": Symbol((POINTER(_COMM), c_int, UniqueId, _RANK, POINTER(Config))),
+    "ncclCommInitRankConfig": Symbol((POINTER(_COMM), c_int, UniqueId, _RANK, POINTER(Config)), optional=True),
     # ncclResult_t ncclCommFinalize(ncclComm_t comm)
-    "ncclCommFinalize": Symbol((_COMM,)),
+    "ncclCommFinalize": Symbol((_COMM,), optional=True),
     # ncclResult_t ncclCommDestroy(ncclComm_t comm)
     "ncclCommDestroy": Symbol((_COMM,)),
     # ncclResult_t ncclCommAbort(ncclComm_t comm)
@@ -136,27 +144,27 @@ SYMBOLS = {
     # ncclResult_t ncclCommRevoke(ncclComm_t comm, int revokeFlags)
     "ncclCommRevoke": Symbol((_COMM, c_int), since=22807),
     # ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* newcomm, ncclConfig_t* config)
-    "ncclCommSplit": Symbol((_COMM, c_int, c_int, POINTER(_COMM), POINTER(Config))),
+    "ncclCommSplit": Symbol((_COMM, c_int, c_int, POINTER(_COMM), POINTER(Config)), optional=True),
     # ncclResult_t ncclCommShrink(ncclComm_t comm, int* excludeRanksList, int excludeRanksCount, ncclComm_t* newcomm,
     #                             ncclConfig_t* config, int shrinkFlags)
     "ncclCommShrink": Symbol((_COMM, POINTER(c_int), c_int, POINTER(_COMM), POINTER(Config), c_int), since=22703),
     # ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* asyncError)
     "ncclCommGetAsyncError": Symbol((_COMM, POINTER(c_int))),
     # ncclResult_t ncclCommCount(const ncclComm_t comm, int* count)
-    "ncclCommCount": Symbol((_COMM, POINTER(c_int))),
+    "ncclCommCount": Symbol((_COMM, POINTER(c_int)), optional=True),
     # ncclResult_t ncclCommCuDevice(const ncclComm_t comm, int* device)
-    "ncclCommCuDevice": Symbol((_COMM, POINTER(c_int))),
+    "ncclCommCuDevice": Symbol((_COMM, POINTER(c_int)), optional=True),
     # ncclResult_t ncclCommUserRank(const ncclComm_t comm, int* rank)
-    "ncclCommUserRank": Symbol((_COMM, POINTER(c_int))),
+    "ncclCommUserRank": Symbol((_COMM, POINTER(c_int)), optional=True),
     # --- memory that NCCL may use without a copy
     # ncclResult_t ncclMemAlloc(void** ptr, size_t size)
-    "ncclMemAlloc": Symbol((POINTER(c_void_p), c_size_t)),
+    "ncclMemAlloc": Symbol((POINTER(c_void_p), c_size_t), optional=True),
     # ncclResult_t ncclMemFree(void* ptr)
-    "ncclMemFree": Symbol((c_void_p,)),
+    "ncclMemFree": Symbol((c_void_p,), optional=True),
     # ncclResult_t ncclCommRegister(const ncclComm_t comm, void* buff, size_t size, void** handle)
-    "ncclCommRegister": Symbol((_COMM, _BUFFER, c_size_t, POINTER(c_void_p))),
+    "ncclCommRegister": Symbol((_COMM, _BUFFER, c_size_t, POINTER(c_void_p)), optional=True),
     # ncclResult_t ncclCommDeregister(const ncclComm_t comm, void* handle)
-    "ncclCommDeregister": Symbol((_COMM, c_void_p)),
+    "ncclCommDeregister": Symbol((_COMM, c_void_p), optional=True),
     # --- reductions
     # ncclResult_t ncclAllReduce(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype,
     #                            ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream)
@@ -211,7 +219,7 @@ SEARCH = library.Search(
 def _explain(lib: Library, code: int) -> str:
     # The last error is of this thread and stays after a success: it is worth reading only right after a failure.
     text = lib.functions["ncclGetErrorString"](code) or b""
-    last = lib.functions["ncclGetLastError"](None) or b""
+    last = (lib.functions["ncclGetLastError"](None) if "ncclGetLastError" in lib else None) or b""
     return f"{text.decode(errors='replace')} ({last.decode(errors='replace').strip()[:300]})"
 
 
@@ -231,8 +239,8 @@ def load(path: str | os.PathLike[str] | None = None) -> Library:
 
     Raises BackendUnavailableError if there is none, it is older than 2.21, or lacks a symbol of its version.
     """
-    handle, found = library.load(SEARCH, path)
-    lib = ccall.bind("nccl", found, [handle], SYMBOLS, STATUS, _version)
+    handles, found = library.load(SEARCH, path)
+    lib = ccall.bind("nccl", found, handles, SYMBOLS, STATUS, _version)
     if lib.version < OLDEST:
         raise BackendUnavailableError(
             f"nccl: {found} has version {lib.version}, older than {OLDEST} (2.21.0); install a newer one"
@@ -251,16 +259,12 @@ def _make_id(lib: Library) -> bytes:
 
 
 def _connect(lib: Library, handle: c_void_p, size: int, uid: bytes, rank: int) -> None:
-    # Not blocking: only such a communicator can be aborted while a call is in progress.
-    options = config(blocking=False)
-    lib.call(
-        "ncclCommInitRankConfig",
-        ctypes.byref(handle),
-        size,
-        UniqueId.from_buffer_copy(uid),
-        rank,
-        ctypes.byref(options),
-    )
+    arguments = ctypes.byref(handle), size, UniqueId.from_buffer_copy(uid), rank
+    if "ncclCommInitRankConfig" in lib:
+        # Not blocking: only such a communicator can be aborted while a call is in progress.
+        lib.call("ncclCommInitRankConfig", *arguments, ctypes.byref(config(blocking=False)))
+    else:
+        lib.call("ncclCommInitRank", *arguments)
 
 
 def _poll(lib: Library, handle: c_void_p) -> int:
@@ -270,8 +274,9 @@ def _poll(lib: Library, handle: c_void_p) -> int:
 
 
 def _finish(lib: Library, handle: c_void_p, settle: Callable[[], None]) -> None:
-    lib.call("ncclCommFinalize", handle)
-    settle()
+    if "ncclCommFinalize" in lib:
+        lib.call("ncclCommFinalize", handle)
+        settle()
     lib.call("ncclCommDestroy", handle)
 
 
@@ -315,19 +320,25 @@ def _exchange(c: Comm, x: Tensor, sends: list[int], y: Tensor, recvs: list[int])
     _together(c, {r: b[0] for r, b in enumerate(blocks)}, {r: b[1] for r, b in enumerate(blocks)})
 
 
-def _permute(c: Comm, x: Tensor, dst: int | None, y: Tensor, src: int | None) -> None:
+def _permute(c: Comm, x: Tensor, y: Tensor, dst: int | None, src: int | None) -> None:
     _together(c, {} if dst is None else {dst: x}, {} if src is None else {src: y})
 
 
 def _together(c: Comm, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> None:
     """Grouped sends and receives: outside a group each would wait for its peer before the next one starts."""
+    if c.rank in sends and c.rank in recvs:
+        recvs[c.rank].copy_(sends[c.rank])
+    peers = [r for r in range(c.size) if r != c.rank]
+    to = [r for r in peers if r in sends and sends[r].numel()]
+    of = [r for r in peers if r in recvs and recvs[r].numel()]
+    if not to and not of:
+        return
     c.library.call("ncclGroupStart")
     try:
-        for r in range(c.size):
-            if r in sends and sends[r].numel():
-                _send(c, sends[r], r)
-            if r in recvs and recvs[r].numel():
-                _recv(c, recvs[r], r)
+        for r in to:
+            _send(c, sends[r], r)
+        for r in of:
+            _recv(c, recvs[r], r)
     except BaseException:
         # The group is this thread's; left open, it would swallow the calls that follow.
         c.library.status("ncclGroupEnd")
@@ -365,9 +376,8 @@ def _recv(c: Comm, y: Tensor, peer: int) -> None:
 
 def _barrier(c: Comm) -> None:
     # NCCL has no barrier; the stream passes a sum of one element when all ranks have reached it.
-    device = torch.device("cuda", torch.cuda.current_device()) if c.stream != 1 else torch.device("cpu")
-    x = torch.zeros(1, device=device)
-    _all_reduce(c, x, x, "sum")
+    x = torch.zeros(2, device=c.device)
+    _all_reduce(c, x[:1], x[1:], "sum")
 
 
 # --- backend ------------------------------------------------------------------------------------------------------
@@ -383,6 +393,7 @@ def _machine(name: str, get: Callable[[], Library]) -> Machine:
         poll=_poll,
         finish=_finish,
         abort=_abort,
+        moves=MOVES,
         reductions=REDUCTIONS,
         all_reduce=_all_reduce,
         reduce=_reduce,

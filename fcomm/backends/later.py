@@ -1,0 +1,146 @@
+"""What goes on after a call has returned: sends wait for their receivers, and kernels for their peers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as NotYet
+
+import torch
+from torch import Tensor
+
+from fcomm.backends import ccall
+from fcomm.backends.failure import give_up, look_around, raise_failure
+from fcomm.backends.machine import Team, current, is_capturing, start_worker
+from fcomm.errors import CollectiveTimeoutError, FcommError
+
+# --- sends --------------------------------------------------------------------------------------------------------
+
+
+def send_later(on: Team, x: Tensor, dst: int, call: Callable[[], None]) -> None:
+    """Run a send's calls in a thread and on a stream of its own, after what the current stream has done so far.
+
+    A send waits for its receiver, in the library or on the stream. In a ring all ranks send before they receive, so a
+    send may hold neither this thread nor this stream, nor a communicator that a receive needs: each edge has its own.
+    """
+    raise_failure(on, "send")
+    if is_capturing(on.device):
+        raise FcommError(f"{on.where('send')}: a graph cannot capture it, its thread is not captured; use ppermute")
+    if dst not in on.senders:
+        on.senders[dst] = start_worker()
+    module = None if on.device.type == "cpu" else torch.get_device_module(on.device)
+    event = module.Event() if module else None
+    if event is not None:
+        event.record()
+
+    def task() -> None:
+        try:
+            if module is None:
+                call()
+                return
+            with current(on.device):
+                side = module.Stream()
+                with module.stream(side):
+                    side.wait_event(event)
+                    call()
+                x.record_stream(side)
+        except FcommError:
+            on.told = False  # nobody waits for this thread: the next call on the group raises it
+            raise
+
+    while on.sending and on.sending[0].done():
+        on.sending.popleft().result()
+    on.sending.append(on.senders[dst].submit(task))
+
+
+def finish_sending(on: Team, deadline: float) -> BaseException | None:
+    """Wait until every message was taken; what went wrong."""
+    problem: BaseException | None = None
+    while on.sending:
+        try:
+            on.sending.popleft().result(max(0.0, deadline - time.monotonic()) + 1.0)
+        except (FcommError, NotYet) as error:
+            problem = problem or error
+    for worker in on.senders.values():
+        worker.stop()
+    return problem
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------
+
+# A call on a device returns long before its kernel has met its peers. So each leaves an event, and a thread looks
+# whether the oldest one has passed its deadline.
+_TEAMS: list[Team] = []
+_TEAMS_LOCK = threading.Lock()
+_WATCH_S = 0.5
+
+
+def watch(on: Team, op: str, deadline: float) -> None:
+    """Have the thread look after what was just put on the current stream."""
+    if on.device.type == "cpu" or is_capturing(on.device):
+        return
+    event = torch.get_device_module(on.device).Event()
+    event.record()
+    with on.lock:
+        _drop_finished(on)
+        on.pending.append((event, deadline, op))
+    with _TEAMS_LOCK:
+        if not any(other is on for other in _TEAMS):
+            _TEAMS.append(on)
+            if len(_TEAMS) == 1:
+                threading.Thread(target=_watch_teams, name="fcomm-watch", daemon=True).start()
+
+
+def forget(on: Team) -> None:
+    """The opposite of watch, for all calls."""
+    with _TEAMS_LOCK:
+        _TEAMS[:] = [other for other in _TEAMS if other is not on]
+
+
+def _watch_teams() -> None:
+    while True:
+        time.sleep(_WATCH_S)
+        with _TEAMS_LOCK:
+            teams = list(_TEAMS)
+            if not teams:
+                return
+        for on in teams:
+            look_at_pending(on)
+
+
+def look_at_pending(on: Team) -> None:
+    """Give up on the team if what the device has not finished is late, or the library or a rank has failed."""
+    with on.lock:
+        oldest = on.pending[0] if on.pending else None
+    if oldest is None or on.failure is not None:
+        return
+    _, deadline, op = oldest
+    library = on.machine.library()
+    # Held while aborting: no other thread may be inside the library then.
+    with on.main.lock:
+        try:
+            for channel in on.channels():
+                if channel.ready:
+                    code = on.machine.poll(library, channel.handle)
+                    ccall.check(library, code, f"{op}, asynchronously,")
+            look_around(on, op, max(deadline, time.monotonic() + 1))
+            if time.monotonic() > deadline:
+                _check_late(on)
+        except FcommError as error:
+            give_up(on, op, library, error)
+            on.told = False  # the next call on the group raises it
+
+
+def _check_late(on: Team) -> None:
+    # Only now: a query of an event, from any thread, spoils a graph that some thread is capturing.
+    with on.lock:
+        _drop_finished(on)
+        late = [op for _, deadline, op in on.pending if time.monotonic() > deadline]
+    if late:
+        raise CollectiveTimeoutError(f"{late[0]} passed its deadline of {on.live.timeout_s} s on the device")
+
+
+def _drop_finished(on: Team) -> None:
+    while on.pending and on.pending[0][0].query():
+        on.pending.popleft()

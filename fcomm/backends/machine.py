@@ -1,0 +1,230 @@
+"""What NCCL and HCCL share beside their calls: a library as a table of functions, and what it has on one group.
+
+machine.py       the values: Machine, Comm, Channel, Team; the device's stream
+communicator.py  opening, calling, closing
+failure.py       deadlines, other ranks' failures, the abort
+later.py         what goes on after a call has returned: sends, and a device's kernels
+lowering.py      the collectives
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fcomm.backends.ccall import Library
+from fcomm.errors import FcommError
+from fcomm.group import Group
+from fcomm.rendezvous import Live
+
+T = TypeVar("T")
+
+LOG = logging.getLogger("fcomm")
+
+
+@dataclass(frozen=True)
+class Comm:
+    """What a native call needs: the library, its communicator, the stream, and this rank's place."""
+
+    library: Library
+    handle: ctypes.c_void_p
+    stream: int
+    rank: int
+    size: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A vendor's library as a table of functions; nccl.py and hccl.py fill the same rows in the same order.
+
+    The natives work on flat contiguous tensors of the dtypes named in moves and reductions, of one element or more.
+    """
+
+    name: str
+    library: Callable[[], Library]
+    id_nbytes: int
+    make_id: Callable[[Library], bytes]
+    # connect(library, handle, size, id, rank) fills handle; poll(library, handle) is the asynchronous status.
+    connect: Callable[[Library, ctypes.c_void_p, int, bytes, int], None]
+    poll: Callable[[Library, ctypes.c_void_p], int]
+    # finish(library, handle, settle) ends it in agreement with the peers, abort(library, handle) without.
+    finish: Callable[[Library, ctypes.c_void_p, Callable[[], None]], None]
+    abort: Callable[[Library, ctypes.c_void_p], None]
+    # dtype -> the dtype it moves as; what is not here moves as bytes.
+    moves: Mapping[torch.dtype, torch.dtype]
+    # op -> dtype -> (dtype it is reduced as, op): what the library reduces as fcomm/arithmetic.py says.
+    reductions: Mapping[str, Mapping[torch.dtype, tuple[torch.dtype, str]]]
+    all_reduce: Callable[[Comm, Tensor, Tensor, str], None]
+    reduce: Callable[[Comm, Tensor, Tensor, str, int], None]
+    reduce_scatter: Callable[[Comm, Tensor, Tensor, str], None]
+    all_gather: Callable[[Comm, Tensor, Tensor], None]
+    all_to_all: Callable[[Comm, Tensor, Tensor], None]
+    # exchange(comm, x, sends, y, recvs): the first sends[0] elements of x go to rank 0, ...; every rank calls it.
+    exchange: Callable[[Comm, Tensor, list[int], Tensor, list[int]], None]
+    # permute(comm, x, y, dst, src): the ranks without dst and src do not call it.
+    permute: Callable[[Comm, Tensor, Tensor, int | None, int | None], None]
+    broadcast: Callable[[Comm, Tensor, Tensor, int], None]
+    gather: Callable[[Comm, Tensor, Tensor, int], None]
+    scatter: Callable[[Comm, Tensor, Tensor, int], None]
+    send: Callable[[Comm, Tensor, int], None]
+    recv: Callable[[Comm, Tensor, int], None]
+    barrier: Callable[[Comm], None]
+
+
+@dataclass
+class Worker:
+    """A thread that runs calls one after the other. A daemon: a call that never returns must not keep the process."""
+
+    tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = field(default_factory=SimpleQueue)
+
+    def submit(self, fn: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self.tasks.put((fn, future))
+        return future
+
+    def stop(self) -> None:
+        """Let the thread end after what it was given."""
+        self.tasks.put(None)
+
+
+def _do(fn: Callable[[], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(fn())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def start_worker() -> Worker:
+    worker = Worker()
+
+    def work() -> None:
+        # The mode is each thread's own; outside it, a copy into the caller's inference tensor is refused.
+        with torch.inference_mode():
+            while (task := worker.tasks.get()) is not None:
+                _do(*task)
+                del task  # or it would keep a call's tensors until the next one
+
+    threading.Thread(target=work, name="fcomm", daemon=True).start()
+    return worker
+
+
+@dataclass
+class Channel:
+    """A communicator of some ranks of a group, opened at its first call.
+
+    members: ranks within the group; the first makes the unique id.
+    """
+
+    key: str
+    members: tuple[int, ...]
+    handle: ctypes.c_void_p = field(default_factory=ctypes.c_void_p)
+    ready: bool = False
+    worker: Worker | None = None
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+@dataclass
+class Team:
+    """What one backend has on one group and device in this process.
+
+    main: the communicator of all ranks.  edges: one more for each edge that send and recv use, (from, to).
+    failure: what ended it; told: whether a caller has seen that error.
+    sending: sends on their way.  pending: (event, deadline, collective) of what the device has not finished.
+    """
+
+    machine: Machine
+    group: Group
+    device: torch.device
+    live: Live
+    main: Channel
+    edges: dict[tuple[int, int], Channel] = field(default_factory=dict)
+    senders: dict[int, Worker] = field(default_factory=dict)
+    sending: deque[Future[None]] = field(default_factory=deque)
+    pending: deque[tuple[Any, float, str]] = field(default_factory=deque)
+    failure: FcommError | None = None
+    told: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank or 0
+
+    def channels(self) -> list[Channel]:
+        """Edges first, in an order that all ranks share."""
+        return [*(self.edges[edge] for edge in sorted(self.edges)), self.main]
+
+    def where(self, op: str) -> str:
+        """What an error's text starts with."""
+        group, backend = self.group, self.machine.name
+        return f"{op}: on group '{group.name}' of backend '{backend}', rank {self.rank} of {group.size}"
+
+    def read(self, what: str) -> bytes | None:
+        """What the ranks of this team find under a key of the group's store, or None.
+
+        check, not wait: a store's client serves one call at a time, and this rank's other threads use it too.
+        """
+        key = self._key(what)
+        return bytes(self.live.store.get(key)) if self.live.store.check([key]) else None
+
+    def write(self, what: str, value: bytes) -> None:
+        self.live.store.set(self._key(what), value)  # type: ignore[arg-type]  # bytes are what it stores
+
+    def count(self, what: str) -> int:
+        """One more than the number of calls before, of all ranks."""
+        return self.live.store.add(self._key(what), 1)
+
+    def erase(self, what: str) -> None:
+        self.live.store.delete_key(self._key(what))
+
+    def _key(self, what: str) -> str:
+        return f"{self.machine.name}/{self.device.type}/{what}"
+
+
+# --- the device ---------------------------------------------------------------------------------------------------
+
+# Host memory has no streams, but a library refuses a null one: the address of memory that lives as long as this module.
+_NO_STREAM = ctypes.create_string_buffer(64)
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream's handle, for C."""
+    if device.type == "cpu":
+        return ctypes.addressof(_NO_STREAM)
+    stream = torch.get_device_module(device).current_stream(device)
+    return int(getattr(stream, f"{device.type}_stream"))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the current stream, unless it is being captured."""
+    if device.type != "cpu" and not is_capturing(device):
+        torch.get_device_module(device).current_stream(device).synchronize()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured into a graph."""
+    if device.type == "cpu":
+        return False
+    module = torch.get_device_module(device)
+    return hasattr(module, "is_current_stream_capturing") and bool(module.is_current_stream_capturing())
+
+
+@contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """The device as the current one: a communicator belongs to it."""
+    if device.type == "cpu":
+        yield
+    else:
+        with torch.get_device_module(device).device(device):
+            yield
