@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("-c", "--check", type=_positive, default=1, help="calls compared with the spec beforehand (1)")
     sizes.add_argument("--rounds", type=_positive, default=9, help="rounds; medians are over them (9)")
     who = p.add_argument_group("who")
-    who.add_argument("--backend", default=default_backend(), help=f"of: {' '.join(_machines())} ({default_backend()})")
+    who.add_argument("--backend", default="cpu", help=f"of: {' '.join(_machines())} (cpu)")
     who.add_argument("--ranks", type=_positive, default=2, help="processes on this machine (2); a launcher's own win")
     who.add_argument("--vs", action="append", default=[], metavar="RIVAL", help="c10d, funcol or mpi; may be repeated")
     who.add_argument("--limit", action="store_true", help="beside a copy of the same bytes by all ranks at once")
@@ -104,11 +104,6 @@ def _names() -> str:
 
 def _machines() -> list[str]:
     return [name for name in BACKENDS if name != "sim"]
-
-
-def default_backend() -> str:
-    """The shared-memory backend."""
-    return "cpu" if "cpu" in BACKENDS else "c10d"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,15 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if show:
         parameters = sum(p.numel() for p in init(model, SEED).values())
         print(f"A byte-level transformer of {parameters:,} parameters, on the source of Python's standard library.")
-        dense = train_dense(model, steps, threads=min(ranks, os.cpu_count() or 1))
+        dense = train_dense(model, steps, options.compiler, threads=min(ranks, os.cpu_count() or 1))
     if options.backend == "sim":
-        parallel = train_simulated(ranks, model, steps)
+        parallel = train_simulated(ranks, model, steps, options.compiler)
     elif world is not None:
         torch.set_num_threads(1)
-        parallel = train_parallel(world, model, steps, options.backend)
+        parallel = train_parallel(world, model, steps, options.compiler, options.backend)
         fcomm.close()
     else:
-        parallel = fcomm.run(train_parallel, ranks, model, steps, options.backend, timeout_s=600)[0]
+        parallel = fcomm.run(train_parallel, ranks, model, steps, options.compiler, options.backend, timeout_s=600)[0]
     if not show:
         return 0
     title = f"{ranks} ranks on {options.backend}"
@@ -60,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    default = "cpu" if "cpu" in BACKENDS else "c10d"
     parser = argparse.ArgumentParser(
         prog="python -m fcomm.demo",
         description="Train a small byte-level language model twice from one seed: on one process in plain torch, and "
@@ -68,10 +67,11 @@ def _options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.A
         epilog="torchrun --nproc-per-node 2 -m fcomm.demo runs it on torchrun's processes.",
         allow_abbrev=False,
     )
-    parser.add_argument("--backend", choices=list(BACKENDS), default=default, help=f"of the ranks ({default})")
+    parser.add_argument("--backend", choices=list(BACKENDS), default="cpu", help="of the ranks (cpu)")
     parser.add_argument("--ranks", type=int, default=2, help="1, 2, 3, 4, 6 or 12 (2)")
     parser.add_argument("--steps", type=int, default=50, help="steps of training (50)")
     parser.add_argument("--plot", type=Path, default=Path("fcomm-demo.png"), help="the picture (fcomm-demo.png)")
+    parser.add_argument("--compiler", default="inductor", help="backend of torch.compile (inductor)")
     parser.add_argument("--tiny", action="store_true", help="a much smaller model, for a quick look")
     options = parser.parse_args(argv)
     if options.steps < 1:

@@ -14,7 +14,7 @@ from fcomm.demo.train import Run
 TOLERANCE = 1e-4
 
 
-def progress(title: str, steps: int, show: bool) -> Callable[[int, float], None]:
+def progress(title: str, steps: int, *, show: bool = True) -> Callable[[int, float], None]:
     """A function that shows each step's loss: on one line of a terminal, in some ten lines of a file."""
     terminal, begin = sys.stdout.isatty(), time.perf_counter()
     if show:
@@ -51,7 +51,7 @@ def summary(dense: Run, parallel: Run, where: str, tokens: int) -> str:
     worst = max(differences(dense, parallel))
     rows = [
         ("largest relative difference", f"{worst:.1e}", f"limit {TOLERANCE:.0e}"),
-        ("graph breaks", f"{dense.graph_breaks + parallel.graph_breaks}", "fullgraph=True"),
+        ("graph breaks", f"{dense.graph_breaks + parallel.graph_breaks}", f"the train step is {parallel.graphs} graph"),
         ("collectives per step, forward", str(parallel.forward.total()), _listed(parallel.forward)),
         ("collectives per step, backward", str(parallel.backward.total()), _listed(parallel.backward)),
         ("tokens per second, one process", f"{dense.tokens_per_second(tokens):,.0f}", ""),

@@ -16,27 +16,29 @@ from fcomm.group import BACKENDS
 SEED = 0
 
 
-def train_dense(model: Model, steps: int, threads: int) -> Run:
+def train_dense(model: Model, steps: int, compiler: str, threads: int) -> Run:
     """One process, plain torch, on as many threads as the other run has ranks."""
     torch.set_num_threads(threads)
     step = train_step(partial(dense_loss, model=model))
     batches = text.batches(model.batch, model.sequence, SEED)
-    return train(step, start(init(model, SEED)), batches, steps, report.progress("one process", steps, show=True))
+    return train(step, start(init(model, SEED)), batches, steps, report.progress("one process", steps), compiler)
 
 
-def train_parallel(tp: fcomm.Group, model: Model, steps: int, backend_name: str) -> Run:
+def train_parallel(tp: fcomm.Group, model: Model, steps: int, compiler: str, backend_name: str) -> Run:
     """This rank's share of the same training."""
     backend, rank = BACKENDS[backend_name], tp.rank or 0
     loss = partial(parallel_loss, model=model, tp=tp, backend=backend)
     params = part(init(model, SEED), rank, tp.size)
     batches = text.batches(model.batch, model.sequence, SEED)
     counts = count_collectives(loss, params, *next(text.batches(model.batch, model.sequence, SEED)))
-    run = train(train_step(loss), start(params), batches, steps, report.progress(where(tp), steps, show=rank == 0))
+    run = train(
+        train_step(loss), start(params), batches, steps, report.progress(where(tp), steps, show=rank == 0), compiler
+    )
     run.forward, run.backward = counts
     return run
 
 
-def train_simulated(ranks: int, model: Model, steps: int) -> Run:
+def train_simulated(ranks: int, model: Model, steps: int, compiler: str) -> Run:
     """All ranks in this process: the same loss, on stacked parameters."""
     tp = fcomm.axis("tp", ranks)
     loss = partial(parallel_loss, model=model, tp=tp, backend=fcomm.sim)
@@ -49,7 +51,7 @@ def train_simulated(ranks: int, model: Model, steps: int) -> Run:
         return fcomm.simulate(lambda state: step(state, tokens, target), tp)(state)  # type: ignore[no-any-return]
 
     batches = text.batches(model.batch, model.sequence, SEED)
-    run = train(on_all_ranks, state, batches, steps, report.progress(where(tp), steps, show=True))
+    run = train(on_all_ranks, state, batches, steps, report.progress(where(tp), steps), compiler)
     run.forward, run.backward = count_collectives(loss, parts[0], *next(batches))
     return run
 

@@ -44,11 +44,12 @@ def train_step(loss: Loss, rate: float = 1e-3) -> Callable[[State, Tensor, Tenso
 
 @dataclass
 class Run:
-    """What a training run was like. seconds: of each step; the first compiles."""
+    """What a training run was like. seconds: of each step; the first compiles. graphs: should be 1."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     graph_breaks: int = 0
+    graphs: int = 0
     forward: Counter[str] = field(default_factory=Counter)
     backward: Counter[str] = field(default_factory=Counter)
 
@@ -63,12 +64,14 @@ def train(
     batches: Iterator[tuple[Tensor, Tensor]],
     steps: int,
     report: Callable[[int, float], None],
+    compiler: str = "inductor",
 ) -> Run:
     """Compile the step and run it; report(number of the step, its loss) after each one."""
     torch.compiler.reset()
-    run, compiled = Run(), torch.compile(step, fullgraph=True)
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    breaks.clear()
+    # Private, and the only place where torch counts breaks and graphs.
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    run, compiled = Run(), torch.compile(step, fullgraph=True, backend=compiler)
     for number in range(1, steps + 1):
         tokens, target = next(batches)
         begin = time.perf_counter()
@@ -77,7 +80,8 @@ def train(
         run.losses.append(loss.reshape(-1)[0].item())
         run.seconds.append(time.perf_counter() - begin)
         report(number, run.losses[-1])
-    run.graph_breaks = sum(breaks.values())
+    run.graph_breaks = sum(counters["graph_break"].values())
+    run.graphs = counters["stats"]["unique_graphs"]
     return run
 
 
