@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 #include <limits>

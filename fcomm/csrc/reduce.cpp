@@ -48,7 +48,7 @@ bool is_rank(const fcomm_comm &c, int root) { return root >= 0 && root < c.size;
 fcomm_status one_shot(fcomm_comm &c, std::uint64_t print, const char *in, char *out, std::size_t nbytes,
                       const Arithmetic &a) {
   return rounds(
-      c, print, 1, [&](std::size_t) { std::memcpy(c.in_slot(c.rank, filling(c)), in, nbytes); },
+      c, print, 1, [&](std::size_t) { copy_in(c, c.in_slot(c.rank, filling(c)), in, nbytes); },
       [&](std::size_t) {
         if (!out) return;
         const void *from[FCOMM_MAX_RANKS];

@@ -34,6 +34,7 @@ struct Format {
   unsigned encode(double x) const {  // to nearest, ties to even
     const unsigned sign = std::signbit(x) ? 1u << (bits() - 1) : 0;
     if (std::isnan(x)) return top();
+    if (x == 0) return sign;
     const double a = std::fabs(x);
     int e;
     std::frexp(a, &e);
