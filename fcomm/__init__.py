@@ -6,6 +6,8 @@ fcomm.backends.<machine>; how torch sees it is in fcomm.registration. Who takes 
 
 from fcomm.backends.c10d import c10d
 from fcomm.backends.cpu import cpu
+from fcomm.backends.hccl import hccl
+from fcomm.backends.nccl import nccl
 from fcomm.backends.pool import empty_cache, memory_stats
 from fcomm.backends.stacked import sim
 from fcomm.bind import bind
@@ -87,9 +89,11 @@ __all__ = [
     "from_device_mesh",
     "from_process_group",
     "gather",
+    "hccl",
     "init",
     "memory_stats",
     "mesh",
+    "nccl",
     "ppermute",
     "pvary",
     "ragged_all_to_all",
