@@ -105,7 +105,8 @@ def _unstack(rows: Tensor, dim: int) -> Tensor:
 
 def _stack_blocks(x: Tensor, dim: int, size: int) -> Tensor:
     """[.., n * d, ..] -> [n, .., d, ..]: the inverse."""
-    return x.unflatten(dim, (size, x.shape[dim] // size)).movedim(dim, 0).contiguous()
+    blocks: Tensor = x.unflatten(dim, (size, x.shape[dim] // size))
+    return blocks.movedim(dim, 0).contiguous()
 
 
 def _pack(x: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, list[int]]:
