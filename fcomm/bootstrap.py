@@ -6,6 +6,7 @@ so that all of them report it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -155,9 +156,9 @@ def _listener(place: Place) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=backlog)
     except OSError as error:
-        if place.host in _LOOPBACK or getattr(error, "errno", None) == 98:  # EADDRINUSE
+        if place.host in _LOOPBACK or error.errno == errno.EADDRINUSE:
             raise RendezvousError(
-                f"{place.function}: port {place.port} on {place.host} is taken or refused ({error.strerror}); "
+                f"{place.function}: port {place.port} on {place.host} is taken or refused ({_reason(error)}); "
                 "set MASTER_PORT to a free port, the same on every rank"
             ) from error
         # An address that leads here through another host, as a Kubernetes service does.
@@ -217,16 +218,20 @@ def _compare_sizes(store: dist.Store, name: str, place: Place, ranks: Sequence[i
 
 
 def _give_up(store: dist.Store, place: Place, text: str, culprits: Sequence[int] = ()) -> None:
-    """Raise the error, after the other ranks that are here can have read it."""
+    """Raise the error that the first rank found, after the other ranks that are here can have read it."""
     text = _text(store.compare_set("error", "", text))
     if place.serve:
-        time.sleep(4 * _SLICE_S)
+        time.sleep(8 * _SLICE_S)
     raise RendezvousError(f"{place.function}: {text}", rank=place.rank, culprits=culprits)
 
 
 def _raise_reported(store: dist.Store, place: Place) -> None:
     if store.check(["error"]):
-        raise RendezvousError(f"{place.function}: {_text(store.get('error'))}", rank=place.rank)
+        _give_up(store, place, "")
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 def _text(value: bytes | str) -> str:
