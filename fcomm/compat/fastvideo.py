@@ -143,17 +143,17 @@ class StatelessProcessGroup:
     def send_obj(self, obj: Any, dst: int) -> None:
         """Send obj to rank dst; does not wait."""
         self._check("send_obj", "dst", dst)
-        self.store.set(self._key(f"send/{self.rank}/{dst}"), encode(obj))  # type: ignore[arg-type]  # str in torch's stub only
+        self.store.set(self._key("sent", f"send/{self.rank}/{dst}"), encode(obj))  # type: ignore[arg-type]  # str in torch's stub only
 
     def recv_obj(self, src: int) -> Any:
         """The next value that rank src sends to this rank."""
         self._check("recv_obj", "src", src)
-        return self._read("recv_obj", self._key(f"send/{src}/{self.rank}"), src, readers=1)
+        return self._read("recv_obj", self._key("received", f"send/{src}/{self.rank}"), src, readers=1)
 
     def broadcast_obj(self, obj: Any | None, src: int) -> Any:
         """obj of rank src, on every rank."""
         self._check("broadcast_obj", "src", src)
-        key = self._key(f"broadcast/{src}")
+        key = self._key("both", f"broadcast/{src}")
         if self.rank != src:
             return self._read("broadcast_obj", key, src, readers=self.world_size - 1)
         if self.world_size > 1:
@@ -175,8 +175,9 @@ class StatelessProcessGroup:
         """Close the group; every rank calls it, after its last message."""
         fcomm.close(self.group)
 
-    def _key(self, stream: str) -> str:
-        number = self._numbers[stream] = self._numbers.get(stream, -1) + 1
+    def _key(self, side: str, stream: str) -> str:
+        """The key of the next message of a stream, counted apart at its two ends: a rank may send to itself."""
+        number = self._numbers[side + stream] = self._numbers.get(side + stream, -1) + 1
         return f"objects/{stream}/{number}"
 
     def _read(self, what: str, key: str, src: int, readers: int) -> Any:

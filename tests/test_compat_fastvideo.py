@@ -1,0 +1,186 @@
+"""FastVideo's communicators and its stateless group, as compat.fastvideo: every method, with its defaults."""
+
+from __future__ import annotations
+
+import math
+import socket
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fcomm
+from fcomm.compat import fastvideo
+from fcomm.compat.fastvideo import StatelessProcessGroup, decode, encode
+from fcomm.testing import run_ranks
+
+
+def tensors(world: fcomm.Group) -> None:
+    n, rank = world.size, world.rank or 0
+    handles: dict[str, Any] = {"group": world, "backend": fcomm.c10d}
+    x = torch.full((2, 3), rank + 1.0)
+    assert torch.equal(fastvideo.all_reduce(x, **handles), torch.full((2, 3), n * (n + 1) / 2))
+    assert torch.equal(fastvideo.all_reduce(x, op=dist.ReduceOp.MAX, **handles), torch.full((2, 3), float(n)))
+    assert torch.equal(fastvideo.all_reduce(x, None, **handles), torch.full((2, 3), n * (n + 1) / 2))
+    whole = torch.cat([torch.full((2, 3), r + 1.0) for r in range(n)], 1)
+    assert torch.equal(fastvideo.all_gather(x, **handles), whole)
+    assert torch.equal(fastvideo.all_gather(x, 0, **handles), torch.cat(whole.chunk(n, 1)))
+
+    gathered = fastvideo.gather(x, **handles)
+    assert torch.equal(gathered, whole) if rank == 0 else gathered is None
+    gathered = fastvideo.gather(x, dst=n - 1, dim=0, **handles)
+    assert torch.equal(gathered, torch.cat(whole.chunk(n, 1))) if rank == n - 1 else gathered is None
+
+    # The ring of the defaults: to the next rank, from the previous. The cotangent goes round the other way.
+    leaf = x.clone().requires_grad_()
+    token = fastvideo.send(leaf, **handles)
+    y = fastvideo.recv(torch.Size([2, 3]), torch.float32, after=token, **handles)
+    assert torch.equal(y, torch.full((2, 3), (rank - 1) % n + 1.0))
+    y.backward(torch.full_like(y, rank + 1.0))
+    assert torch.equal(leaf.grad, torch.full((2, 3), (rank + 1) % n + 1.0))
+
+    # One edge, without gradient.
+    if rank == 0:
+        fastvideo.send(torch.arange(4), dst=n - 1, **handles)
+    if rank == n - 1:
+        assert fastvideo.recv((4,), torch.int64, 0, **handles).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_tensors(size: int) -> None:
+    run_ranks(tensors, size)
+
+
+def test_ring_of_defaults_simulated() -> None:
+    axis = fcomm.axis("sp", 3)
+
+    def ring(x: Tensor) -> Tensor:
+        return fastvideo.recv(x.shape, x.dtype, axis, fcomm.sim, after=fastvideo.send(x, axis, fcomm.sim))
+
+    x = torch.randn(3, 2)
+    assert torch.equal(fcomm.simulate(ring, axis)(x), x.roll(1, 0))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_all_to_all_4d_is_attention_with_sequence_shards(n: int) -> None:
+    """The use it is made for: heads spread over ranks see the whole sequence, and go back."""
+    axis = fcomm.axis("sp", n)
+    b, s, h, d = 2, 3, 2 * n, 5
+    qkv = torch.randn(3, b, n * s, h, d, dtype=torch.float64)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    def sharded(qkv: Tensor) -> Tensor:
+        q, k, v = (fastvideo.all_to_all_4D(t, axis, fcomm.sim, scatter_dim=2, gather_dim=1) for t in qkv)
+        assert q.shape == (b, n * s, h // n, d)
+        return fastvideo.all_to_all_4D(attend(q, k, v), axis, fcomm.sim, scatter_dim=1, gather_dim=2)
+
+    got = fcomm.simulate(sharded, axis)(torch.stack(qkv.chunk(n, 2)))
+    torch.testing.assert_close(torch.cat(list(got), 1), attend(*qkv))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims", "text"),
+    [
+        ((1, 4, 3, 2), (2, 1), r"x.shape\[2\] is 3, not divisible by group 'sp' of size 2"),
+        ((1, 5, 4, 2), (1, 2), r"x.shape\[1\] is 5, not divisible by group 'sp' of size 2"),
+        ((4, 4, 2), (2, 1), "input must be 4D tensor"),
+        ((1, 4, 4, 2), (3, 1), "Invalid scatter_dim=3, gather_dim=1"),
+    ],
+)
+def test_all_to_all_4d_refuses(shape: tuple[int, ...], dims: tuple[int, int], text: str) -> None:
+    axis = fcomm.axis("sp", 2)
+    with pytest.raises(RuntimeError, match=text):
+        fcomm.simulate(lambda x: fastvideo.all_to_all_4D(x, axis, fcomm.sim, *dims), axis)(torch.zeros(2, *shape))
+
+
+# --- the stateless group ------------------------------------------------------------------------------------------
+
+SECRET = {"unique id": b"\x00\x01\xff", "shape": (2, [3, None]), 5: [True, 1.5, "ü", -math.inf]}
+
+
+def messages(world: fcomm.Group, port: int, other_port: int) -> None:
+    n, rank = world.size, world.rank or 0
+    pg = StatelessProcessGroup.create(host="127.0.0.1", port=port, rank=rank, world_size=n)
+    assert (pg.rank, pg.world_size) == (rank, n)
+    assert not dist.is_initialized()
+    assert pg.broadcast_obj(SECRET if rank == n - 1 else None, src=n - 1) == SECRET
+    assert pg.all_gather_obj({"rank": rank}) == [{"rank": r} for r in range(n)]
+    pg.barrier()
+    # Two senders to one receiver: in the original their messages have one key.
+    if rank > 0:
+        for k in range(3):
+            pg.send_obj((rank, k), dst=0)
+    else:
+        for k in range(3):
+            for src in range(n - 1, 0, -1):
+                assert pg.recv_obj(src) == (src, k)
+    # Each rank to itself, and to all.
+    pg.send_obj("me", dst=rank)
+    assert pg.recv_obj(rank) == "me"
+    pg.barrier()
+    # Only undeleted messages would be left: every rank's last barrier may still be read, but no more.
+    if rank == 0:
+        left = pg.store.num_keys()
+    for _ in range(20):
+        pg.all_gather_obj(rank)
+        pg.barrier()
+    if rank == 0:
+        assert pg.store.num_keys() <= left + 3 * n, "messages pile up"
+    # A second group of a part of the ranks, at the same time; and the group carries collectives.
+    if rank < 2:
+        part = StatelessProcessGroup.create("127.0.0.1", other_port, rank, 2)
+        assert part.all_gather_obj(rank) == [0, 1]
+        part.barrier()
+        part.close()
+    assert fcomm.all_reduce(torch.ones(2), pg.group, fcomm.c10d).tolist() == [n, n]
+    with pytest.raises(ValueError, match=f"dst is {n}"):
+        pg.send_obj("lost", dst=n)
+    with pytest.raises(TypeError, match="Tensor cannot be sent over the store"):
+        pg.send_obj(torch.ones(2), dst=0)
+    pg.barrier()
+    pg.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_messages(size: int) -> None:
+    run_ranks(messages, size, free_port(), free_port())
+
+
+@pytest.mark.parametrize("obj", [None, True, 0, -1.5, "text", b"", b"\x80raw", [], (), {}, [(1, [b"x"])], SECRET])
+def test_frames_keep_value_and_type(obj: Any) -> None:
+    frame = encode(obj)
+    assert isinstance(frame, bytes)
+    assert decode(frame) == obj
+    assert repr(decode(frame)) == repr(obj)
+
+
+@pytest.mark.parametrize("obj", [object(), {1, 2}, [torch.ones(1)], print])
+def test_frames_refuse_what_is_not_plain(obj: Any) -> None:
+    with pytest.raises(TypeError, match="cannot be sent over the store"):
+        encode(obj)
+
+
+def late(world: fcomm.Group, port: int) -> str:
+    pg = StatelessProcessGroup.create("127.0.0.1", port, world.rank or 0, 2, data_expiration_seconds=2)
+    if world.rank == 0:
+        pg.store.wait(["done"], timedelta(seconds=60))
+        return ""
+    with pytest.raises(TimeoutError, match=r"recv_obj: nothing arrived from rank 0 of group .* within 2.0 s") as caught:
+        pg.recv_obj(src=0)
+    pg.store.set("done", "1")
+    return str(caught.value)
+
+
+def test_a_message_that_never_comes_is_named() -> None:
+    assert "rank 0" in run_ranks(late, 2, free_port())[1]

@@ -1,0 +1,195 @@
+"""What torch's own test_functional_api.py checks, restated for compat.funcol, and every way to say who takes part."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as theirs
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import fcomm
+from fcomm.compat import funcol
+from fcomm.testing import run_ranks
+
+NAMES = [
+    "wait_tensor",
+    "broadcast",
+    "all_reduce",
+    "all_gather_single",
+    "all_gather_single_autograd",
+    "all_gather_tensor",
+    "all_gather_tensor_autograd",
+    "reduce_scatter_single",
+    "reduce_scatter_single_autograd",
+    "reduce_scatter_tensor",
+    "reduce_scatter_tensor_autograd",
+    "all_reduce_coalesced",
+    "all_gather_single_coalesced",
+    "all_gather_into_tensor_coalesced",
+    "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
+    "all_to_all_single",
+    "all_to_all_single_autograd",
+    "permute_tensor",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signatures_are_torchs(name: str) -> None:
+    original = getattr(theirs, name, None)
+    if original is None:
+        assert "_single" in name, f"torch {torch.__version__} has no {name}"
+        original = getattr(theirs, name.replace("_single", "_tensor", 1))
+    mine = dict(inspect.signature(getattr(funcol, name)).parameters)
+    assert mine.pop("backend", None) is not None or name == "wait_tensor"
+    expected = inspect.signature(original).parameters
+    assert [(p.name, p.default) for p in mine.values()] == [(p.name, p.default) for p in expected.values()]
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def start_torch_distributed(world: fcomm.Group, name: str) -> None:
+    """Over the world's own store: no port to agree on."""
+    store = dist.PrefixStore(name, fcomm.rendezvous.live(world).store)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+
+
+def every_kind_of_group(world: fcomm.Group) -> None:
+    start_torch_distributed(world, "kinds")
+    rank = dist.get_rank()
+    line = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    row = [rank // 2 * 2, rank // 2 * 2 + 1]
+    column = [rank % 2, rank % 2 + 2]
+    everyone = [0, 1, 2, 3]
+    kinds: list[tuple[Any, list[int]]] = [
+        (dist.group.WORLD, everyone),
+        (line, everyone),
+        (everyone, everyone),
+        (dist.group.WORLD.group_name, everyone),
+        (world, everyone),
+        (world.name, everyone),
+        (pairs[rank // 2], row),
+        (pairs[rank // 2].group_name, row),
+        (grid["tp"], row),
+        ((grid, 1), row),
+        (row, row),
+        ([[0, 1], [2, 3]], row),
+        ((grid, 0), column),
+        ((grid, "dp"), column),
+        ([[0, 2], [1, 3]], column),
+    ]
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    rows = [torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in everyone]
+
+    def program(x: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+        reduced = funcol.all_reduce(x, "sum", group)
+        return funcol.wait_tensor(reduced), funcol.all_gather_tensor(x, gather_dim=1, group=group)
+
+    def check(results: tuple[Tensor, Tensor], members: list[int]) -> None:
+        close(results[0], torch.stack([rows[r] for r in members]).sum(0))
+        close(results[1], torch.cat([rows[r] for r in members], 1))
+
+    for group, members in kinds:
+        check(program(x, group), members)
+        check(program(x, group), members)  # the second time it is found
+
+    def program_of_all(x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [program(x, group) for group, _ in kinds]
+
+    for results, (_, members) in zip(
+        torch.compile(program_of_all, fullgraph=True, backend="aot_eager")(x), kinds, strict=True
+    ):
+        check(results, members)
+    for k in (0, 1, 6):  # as an argument of the compiled function
+        check(torch.compile(program, fullgraph=True, backend="aot_eager")(x, kinds[k][0]), kinds[k][1])
+
+    with pytest.raises(fcomm.FcommError, match="of 2 dimensions; pass"):
+        funcol.all_reduce(x, "sum", grid)
+    with pytest.raises(ValueError, match="group sizes must be identical"):
+        funcol.all_reduce(x, "sum", [[0], [1, 2, 3]])
+    with pytest.raises(ValueError, match="'nobody', the name of no Group"):
+        funcol.all_reduce(x, "sum", "nobody")
+    with pytest.raises(ValueError, match="the only tuple"):
+        funcol.all_reduce(x, "sum", (0, 1))
+
+    dist.barrier()
+    dist.destroy_process_group()
+    # A new world of the same name is another group.
+    start_torch_distributed(world, "again")
+    check(program(x, dist.group.WORLD), everyone)
+    fcomm.close()
+    dist.destroy_process_group()
+
+
+def test_every_kind_of_group() -> None:
+    run_ranks(every_kind_of_group, 4, timeout_s=300)
+
+
+def uneven_and_others(world: fcomm.Group) -> None:
+    n, rank = world.size, world.rank or 0
+    # test_all_to_all_single: rank r sends (i + 1) * (r + 1) rows to rank i; with the transpose to receive.
+    sends = [(i + 1) * (rank + 1) for i in range(n)]
+    recvs = [(rank + 1) * (s + 1) for s in range(n)]
+    for trailing in ((), (5,)):
+        x = torch.full((sum(sends), *trailing), rank + 1.0, requires_grad=True)
+        y = funcol.all_to_all_single(x, recvs, sends, world)
+        close(y.detach(), torch.cat([torch.full((d, *trailing), s + 1.0) for s, d in enumerate(recvs)]))
+        y.backward(torch.full_like(y, rank + 10.0))
+        close(x.grad, torch.cat([torch.full((d, *trailing), r + 10.0) for r, d in enumerate(sends)]))
+    ones = torch.ones(n, n) * (rank + 1)
+    expected = torch.cat([torch.full((1, n), s + 1.0) for s in range(n)])
+    for out, into in ((None, None), ([1] * n, None), (None, [1] * n)):
+        close(funcol.all_to_all_single(ones, output_split_sizes=out, input_split_sizes=into, group=world), expected)
+    # test_reduce_scatter_into_tensor_coalesced
+    tensors = [torch.ones(2 * n, dtype=torch.int64), torch.ones(n, dtype=torch.int64) + 1]
+    res = funcol.reduce_scatter_tensor_coalesced(tensors, "sum", [0, 0], world)
+    assert [t.tolist() for t in res] == [[n, n], [2 * n]]
+    assert torch.equal(tensors[1], torch.ones(n, dtype=torch.int64) + 1), "an input was written into"
+    # test_all_gather_into_tensor_coalesced
+    res = funcol.all_gather_into_tensor_coalesced([torch.ones(4), torch.ones(()) + 1], world)
+    assert torch.equal(res[0], torch.ones(4 * n))
+    assert torch.equal(res[1], torch.full((n,), 2.0))
+    with pytest.raises(ValueError, match="one dim for each"):
+        funcol.reduce_scatter_tensor_coalesced(tensors, "sum", [0], world)
+    with pytest.raises(ValueError, match="not divisible"):
+        funcol.reduce_scatter_tensor(torch.ones(n + 1), "sum", 0, world)
+    with pytest.raises(fcomm.FcommError, match="op is 'nonsense'"):
+        funcol.all_reduce(ones, "nonsense", world)
+    # the result is plain, and the input unharmed
+    result = funcol.all_reduce(ones, dist.ReduceOp.SUM, world)
+    assert type(result) is Tensor
+    assert torch.equal(ones, torch.ones(n, n) * (rank + 1))
+    # named differently on another backend: the keyword
+    close(funcol.all_reduce(ones, "avg", world, backend=fcomm.c10d), torch.ones(n, n) * (n + 1) / 2)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_uneven_and_others(size: int) -> None:
+    run_ranks(uneven_and_others, size)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("SUM", "sum"), ("AVG", "mean"), ("PRODUCT", "prod"), ("MIN", "min"), ("MAX", "max"), ("BOR", "bor")],
+)
+def test_reduce_ops_by_name_and_object(op: str, name: str) -> None:
+    assert funcol.op_name(op) == funcol.op_name(op.lower()) == name
+    assert funcol.op_name(getattr(dist.ReduceOp, op)) == name
+    assert funcol.op_name(dist.ReduceOp(getattr(dist.ReduceOp, op))) == name
+
+
+def test_simulated_groups_need_no_backend() -> None:
+    axis = fcomm.axis("tp", 3)
+    x = torch.randn(3, 2)
+    run: Callable[[Tensor], Tensor] = fcomm.simulate(lambda x: funcol.all_reduce(x, "avg", axis), axis)
+    torch.testing.assert_close(run(x), x.mean(0).expand(3, 2))
