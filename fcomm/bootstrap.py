@@ -180,7 +180,7 @@ def _meet(store: dist.Store, name: str, place: Place, claim: str, deadline: floa
             f"rank {place.rank} of '{name}' joined twice at {place.host}:{place.port}, as {_who(holder)} and "
             f"{_who(claim)}; give each process its own rank, or a fresh MASTER_PORT to each run",
         )
-    while not _wait(store, keys, _SLICE_S):
+    while not come(store, keys, _SLICE_S):
         here = [r for r, key in enumerate(keys) if store.check([key])]
         _compare_sizes(store, name, place, here)
         _raise_reported(store, place)
@@ -198,16 +198,19 @@ def _meet(store: dist.Store, name: str, place: Place, claim: str, deadline: floa
     store.set(f"seen/{place.rank}", "")
     if place.serve:
         # The others still read the claims; this process may be about to end.
-        _wait(store, [f"seen/{r}" for r in range(place.size)], max(_SLICE_S, deadline - time.monotonic()))
+        come(store, [f"seen/{r}" for r in range(place.size)], max(_SLICE_S, deadline - time.monotonic()))
     return identities
 
 
-def _wait(store: dist.Store, keys: list[str], limit_s: float) -> bool:
-    try:
-        store.wait(keys, timedelta(seconds=limit_s))
-        return True
-    except dist.DistStoreError:
-        return False
+def come(store: dist.Store, keys: list[str], limit_s: float) -> bool:
+    """Whether all keys came within the limit. Not by store.wait, which logs a warning each time that they did not."""
+    deadline, pause = time.monotonic() + limit_s, 1e-3
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 2e-2)
+    return True
 
 
 def _compare_sizes(store: dist.Store, name: str, place: Place, ranks: Sequence[int]) -> None:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fcomm import processes
+from fcomm.bootstrap import come
 from fcomm.errors import (
     BackendError,
     CollectiveTimeoutError,
@@ -35,7 +36,8 @@ from fcomm.errors import (
 from fcomm.group import Group
 from fcomm.rendezvous import Live, live
 
-_SLICE = timedelta(seconds=0.25)  # how often a rank that waits looks whether another one has failed
+_SLICE_S = 0.25  # how often a rank that waits looks whether another one has failed
+_SLICE = timedelta(seconds=_SLICE_S)
 _ACCOUNT_S = 1.0  # how long ranks collect each other's reports
 _STORE_S = 3.0  # a store that answers later is taken for gone
 
@@ -163,7 +165,7 @@ def _introduce(on: Communicator) -> list[str]:
     deadline = time.monotonic() + on.live.timeout_s
     on.store.set(f"member/{on.rank}", f"{processes.identity()} {int(on.check)}")
     keys = [f"member/{r}" for r in range(on.size)]
-    while not _came(on.store, keys):
+    while not come(on.store, keys, _SLICE_S):
         gone = _gone(on)
         absent = [r for r, key in enumerate(keys) if not on.store.check([key])]
         if gone or time.monotonic() > deadline:
@@ -186,14 +188,6 @@ def _introduce(on: Communicator) -> list[str]:
             rank=on.rank,
         )
     return [who for who, _ in said]
-
-
-def _came(store: dist.Store, keys: list[str]) -> bool:
-    try:
-        store.wait(keys, _SLICE)
-        return True
-    except dist.DistStoreError:
-        return False
 
 
 @contextmanager
