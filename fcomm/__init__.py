@@ -6,10 +6,9 @@ fcomm.backends.<machine>; how torch sees it is in fcomm.registration. Who takes 
 
 from fcomm.backends.c10d import c10d
 from fcomm.backends.cpu import cpu
-from fcomm.backends.hccl import hccl
-from fcomm.backends.nccl import nccl
 from fcomm.backends.pool import empty_cache, memory_stats
 from fcomm.backends.stacked import sim
+from fcomm.backends.vendors import hccl, nccl
 from fcomm.bind import bind
 from fcomm.collectives import (
     all_gather,

@@ -167,7 +167,7 @@ def test_what_an_old_version_lacks_is_named() -> None:
 def test_a_missing_symbol_is_named_with_the_path() -> None:
     here = ctypes.CDLL(None)
     with pytest.raises(
-        fcomm.BackendUnavailableError, match="no ncclGetVersion, ncclGetErrorString.*use another version"
+        fcomm.BackendUnavailableError, match=r"no ncclGetVersion, ncclGetErrorString.*use another version"
     ):
         ccall.bind("nccl", "/nowhere", [here], nccl.SYMBOLS, nccl.STATUS, nccl._version)
     with pytest.raises(fcomm.BackendUnavailableError, match="HcclGetRootInfo, HcclCommInitRootInfo, HcclCommDestroy"):

@@ -18,3 +18,13 @@ Ranks that disagree on sizes raise MismatchError, all of them; they never wait f
 
 What a machine lacks is composed of what it has, or is a row of its `unsupported` table with the reason.
 """
+
+from importlib import import_module
+from types import ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    """fcomm.backends.nccl and .hccl without an import of their own: `import fcomm` has no time for their tables."""
+    if name in ("nccl", "hccl"):
+        return import_module(f"fcomm.backends.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fcomm.backends import ccall, library
 from fcomm.backends.ccall import Library, Symbol
-from fcomm.backends.lowering import backend
+from fcomm.backends.lowering import table
 from fcomm.backends.machine import LOG, Comm, Machine
-from fcomm.group import BACKENDS, Backend, register_backend
+from fcomm.backends.vendors import hccl
+from fcomm.group import BACKENDS, Backend, Lowering, register_backend
 
 # --- declarations -------------------------------------------------------------------------------------------------
 
@@ -451,8 +452,11 @@ def open(library: str | os.PathLike[str] | None = None, device: str = "npu") -> 
     if library is None and device == "npu":
         return hccl
     name = f"hccl@{device}:{lib.path}"
-    return BACKENDS.get(name) or register_backend(backend(_machine(name, lambda: lib), device))
+    if name not in BACKENDS:
+        register_backend(Backend(name, devices=(device,), lowerings=table(_machine(name, lambda: lib))))
+    return BACKENDS[name]
 
 
-# Looks for its library at the first collective of a group of several ranks.
-hccl = register_backend(backend(_machine("hccl", cache(load)), "npu"))
+def lowerings() -> dict[str, Lowering]:
+    """The table of fcomm.hccl, which looks for its library at the first call."""
+    return table(_machine("hccl", cache(load)))

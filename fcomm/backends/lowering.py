@@ -20,13 +20,12 @@ from fcomm.backends.later import send_later
 from fcomm.backends.machine import Comm, Machine, is_capturing, synchronize
 from fcomm.collectives.exchange import pairs
 from fcomm.errors import FcommError, MismatchError
-from fcomm.group import Backend, Group
+from fcomm.group import Group, Lowering
 
 
-def backend(machine: Machine, device: str) -> Backend:
-    """The machine's backend: its lowerings, by collective."""
-    table = {name: partial(lowering, machine) for name, lowering in _LOWERINGS.items()}
-    return Backend(machine.name, devices=(device,), lowerings=table)
+def table(machine: Machine) -> dict[str, Lowering]:
+    """The machine's lowerings, by collective."""
+    return {name: partial(lowering, machine) for name, lowering in _LOWERINGS.items()}
 
 
 def _call(m: Machine, name: str, x: Tensor, group: Group, fn: Callable[[Comm], None]) -> None:

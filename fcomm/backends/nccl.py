@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fcomm.backends import ccall, library
 from fcomm.backends.ccall import Library, Symbol
-from fcomm.backends.lowering import backend
+from fcomm.backends.lowering import table
 from fcomm.backends.machine import LOG, Comm, Machine
+from fcomm.backends.vendors import nccl
 from fcomm.errors import BackendUnavailableError
-from fcomm.group import BACKENDS, Backend, register_backend
+from fcomm.group import BACKENDS, Backend, Lowering, register_backend
 
 # --- declarations -------------------------------------------------------------------------------------------------
 
@@ -423,8 +424,11 @@ def open(library: str | os.PathLike[str] | None = None, device: str = "cuda") ->
     if library is None and device == "cuda":
         return nccl
     name = f"nccl@{device}:{lib.path}"
-    return BACKENDS.get(name) or register_backend(backend(_machine(name, lambda: lib), device))
+    if name not in BACKENDS:
+        register_backend(Backend(name, devices=(device,), lowerings=table(_machine(name, lambda: lib))))
+    return BACKENDS[name]
 
 
-# Looks for its library at the first collective of a group of several ranks.
-nccl = register_backend(backend(_machine("nccl", cache(load)), "cuda"))
+def lowerings() -> dict[str, Lowering]:
+    """The table of fcomm.nccl, which looks for its library at the first call."""
+    return table(_machine("nccl", cache(load)))
