@@ -5,7 +5,7 @@ One call of define() turns a record into the op fcomm::<name> with every kernel 
     kernel                      called by                                does
     CompositeExplicitAutograd   a real machine                           names -> handles -> the backend's lowering
     Autograd                    grad, vjp, jvp, backward, at each level  the record's vjp and jvp
-    FuncTorchBatched            vmap; simulate, which is a vmap          moves the batch dim, or applies the spec to the ranks
+    FuncTorchBatched            vmap; simulate, which is a vmap          moves the batch dim, or applies spec to ranks
     Meta                        compile, export                          the record's shape
 
 Why not torch.library.custom_op with register_autograd: it refuses torch.func, gives silently zero tangents in forward
@@ -206,6 +206,7 @@ def _ready(x: Tensor) -> Tensor:
 
 def _alone(record: Record, tensors: Sequence[Tensor], params: Sequence[Any]) -> Tensor:
     """A group of one rank needs no machine: the spec over one tensor, never aliasing it."""
+    y: Tensor
     with torch.no_grad():
         (y,) = record.spec(*([x] for x in tensors), **dict(zip(record.params, params, strict=True)))
     shared = any(y.untyped_storage()._cdata == x.untyped_storage()._cdata for x in tensors)
@@ -324,12 +325,12 @@ def _rule(record: Record, op: Any) -> Any:
     def named(params: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(record.params, params[:-2], strict=True))
 
-    class Rule(torch.autograd.function._SingleLevelFunction):  # type: ignore[misc]
+    class Rule(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Tensor:
             with _C._AutoDispatchBelowAutograd(), torch.enable_grad(), fwd._set_fwd_grad_enabled(True):
                 # The levels below differentiate too: their modes must be on while this one steps aside.
-                y = op.redispatch(keyset & _C._after_autograd_keyset, *args)
+                y: Tensor = op.redispatch(keyset & _C._after_autograd_keyset, *args)
             tensors, index, ctx.params = args[:count], args[count], args[count + 1 :]
             ctx.nonlinear = record.nonlinear(**named(ctx.params))
             whole = (index, *tensors[inputs:], *tensors[:inputs], y)
@@ -364,9 +365,8 @@ def _rule(record: Record, op: Any) -> Any:
                 if not callable(record.jvp):
                     aux = [residuals[name] for name in record.aux]
                     return apply(record.name, (*tangents, *aux), group, backend, *ctx.params[:-2])
-                if not ctx.nonlinear:
-                    residuals = {name: residuals[name] for name in record.aux}
-                return record.jvp(*tangents, group, backend, **residuals, **named(ctx.params))  # type: ignore[no-any-return]
+                asked = residuals if ctx.nonlinear else {name: residuals[name] for name in record.aux}
+                return record.jvp(*tangents, group, backend, **asked, **named(ctx.params))  # type: ignore[no-any-return]
 
     @contextmanager
     def _bound_again(ctx: Any, whole: bool) -> Iterator[tuple[Group, Backend, dict[str, Tensor]]]:

@@ -219,10 +219,10 @@ def pvary(x: Tree, group: Groups, backend: Backend) -> Tree:
     """A replicated value enters per-rank use: the identity, whose cotangents add up."""
 
     def leaf(v: Any) -> Tensor:
-        v = _array(v)
+        x = _array(v)
         for g in _groups(group):
-            v = fcomm.pvary(v, g, backend)
-        return v
+            x = fcomm.pvary(x, g, backend)
+        return x
 
     return _map(leaf, x)
 

@@ -167,7 +167,7 @@ def _double_backward_program(f: Map, x: Tensor, ct: Tensor, t: Tensor) -> Any:
 
 def _dual_program(f: Map, x: Tensor, ct: Tensor, t: Tensor) -> Tensor:
     with fwd.dual_level():
-        tangent = fwd.unpack_dual(f(fwd.make_dual(x, t))).tangent
+        tangent: Tensor | None = fwd.unpack_dual(f(fwd.make_dual(x, t))).tangent
         assert tangent is not None, "no tangent arrived"
         return tangent.clone()
 
