@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fcomm.arithmetic import FLOAT8
 from fcomm.backends.c10d import c10d
 from fcomm.backends.pool import POOLED_NBYTES, native, pooled, why_no_native
 from fcomm.backends.shm_failure import INVALID, MISMATCH, SYSTEM, failure, poisoned
@@ -136,30 +137,52 @@ Called = tuple[int, Tensor]
 # --- reductions ---------------------------------------------------------------------------------------------------
 
 
-def _all_reduce(x: Tensor, group: Group, handle: Any, *, op: str) -> Called:
+def _widened(call: Callable[..., Called], x: Tensor, group: Group, handle: Any, **options: Any) -> Called:
+    """float8 is folded in float32 and rounded by torch, whose versions differ in what becomes of too large numbers."""
+    status, y = call(x.float(), group, handle, **options, narrow=_CODES[x.dtype][0])
+    return status, y.to(x.dtype)
+
+
+def _all_reduce(x: Tensor, group: Group, handle: Any, *, op: str, narrow: int = 0) -> Called:
+    if x.dtype in FLOAT8:
+        return _widened(_all_reduce, x, group, handle, op=op)
     code, width = _CODES[x.dtype]
     count = x.numel()
     y = torch.empty_like(x) if count * width < POOLED_NBYTES else pooled(x.shape, x)
-    return native.all_reduce(x.data_ptr(), y.data_ptr(), count, code, _OPS[op], hash(x.shape), handle), y
+    return native.all_reduce(x.data_ptr(), y.data_ptr(), count, code, _OPS[op], hash(x.shape) ^ narrow, handle), y
 
 
-def _scan(x: Tensor, group: Group, handle: Any, *, op: str, exclusive: bool, reverse: bool) -> Called:
+def _scan(x: Tensor, group: Group, handle: Any, *, op: str, exclusive: bool, reverse: bool, narrow: int = 0) -> Called:
+    if x.dtype in FLOAT8:
+        return _widened(_scan, x, group, handle, op=op, exclusive=exclusive, reverse=reverse)
     code, width = _CODES[x.dtype]
     y = _new(x.shape, x, width)
     pointers = x.data_ptr(), y.data_ptr()
-    return native.scan(*pointers, x.numel(), code, _OPS[op], exclusive, reverse, hash(x.shape), handle), y
+    return native.scan(*pointers, x.numel(), code, _OPS[op], exclusive, reverse, hash(x.shape) ^ narrow, handle), y
 
 
-def _reduce(x: Tensor, group: Group, handle: Any, *, dst: int, op: str) -> Called:
+def _reduce(x: Tensor, group: Group, handle: Any, *, dst: int, op: str, narrow: int = 0) -> Called:
+    if x.dtype in FLOAT8:
+        return _widened(_reduce, x, group, handle, dst=dst, op=op)
     code, width = _CODES[x.dtype]
     y = _new(x.shape, x, width) if group.rank == dst else torch.zeros_like(x)
     pointers = x.data_ptr(), y.data_ptr()
-    return native.reduce(*pointers, x.numel(), code, _OPS[op], dst, hash(x.shape), handle), y
+    return native.reduce(*pointers, x.numel(), code, _OPS[op], dst, hash(x.shape) ^ narrow, handle), y
 
 
 def _reduce_scatter(
-    x: Tensor, group: Group, handle: Any, *, dim: int, op: str, tiled: bool, sizes: Sequence[int] | None
+    x: Tensor,
+    group: Group,
+    handle: Any,
+    *,
+    dim: int,
+    op: str,
+    tiled: bool,
+    sizes: Sequence[int] | None,
+    narrow: int = 0,
 ) -> Called:
+    if x.dtype in FLOAT8:
+        return _widened(_reduce_scatter, x, group, handle, dim=dim, op=op, tiled=tiled, sizes=sizes)
     code, width = _CODES[x.dtype]
     if sizes is None:
         blocks: Any = _blocks(x.shape, dim, width, group.size)
@@ -167,7 +190,7 @@ def _reduce_scatter(
     else:
         blocks, shape = _uneven(x.shape, dim, width, sizes), _with(x.shape, dim, sizes[group.rank or 0])
     y = _new(shape, x, width)
-    tag = hash((x.shape, dim, tiled, sizes or ()))
+    tag = hash((x.shape, dim, tiled, sizes or ())) ^ narrow
     return native.reduce_scatter(x.data_ptr(), blocks, y.data_ptr(), code, _OPS[op], tag, handle), y
 
 

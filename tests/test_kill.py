@@ -1,0 +1,463 @@
+"""Ranks that die, stop, raise, leave or disagree: every survivor raises, soon, names the culprit, and can start anew.
+
+A rank writes what happened to it into a file of its own, since its process may be the one that dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing as mp
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fcomm
+from fcomm.backends.pool import native
+from fcomm.bootstrap import loopback_store
+from fcomm.testing import run_ranks
+
+pytestmark = pytest.mark.skipif(native is None, reason="the engine is not built; test_cpu_without.py covers that")
+
+
+def everyone(group: fcomm.Group) -> list[tuple[int, int]]:
+    return [(r, (r + 1) % group.size) for r in range(group.size)]
+
+
+CALLS: dict[str, Callable[[torch.Tensor, fcomm.Group], Any]] = {
+    "all_reduce": lambda x, g: fcomm.all_reduce(x, g, fcomm.cpu),
+    "all_gather": lambda x, g: fcomm.all_gather(x, g, fcomm.cpu),
+    "reduce_scatter": lambda x, g: fcomm.reduce_scatter(x.repeat(g.size), g, fcomm.cpu),
+    "all_to_all": lambda x, g: fcomm.all_to_all(x.repeat(g.size), g, fcomm.cpu),
+    "ppermute": lambda x, g: fcomm.ppermute(x, g, fcomm.cpu, perm=everyone(g)),
+    "broadcast": lambda x, g: fcomm.broadcast(x, g, fcomm.cpu),
+    "barrier": lambda x, g: fcomm.barrier(g, fcomm.cpu, after=x),
+    "recv": lambda x, g: fcomm.recv(x, g, fcomm.cpu, after=fcomm.send(x, g, fcomm.cpu)),
+}
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+# --- one trial: processes that we may kill ----------------------------------------------------------------------------
+
+
+def trial_main(rank: int, size: int, root: str, plan: dict[str, Any]) -> None:
+    """Calls collectives for ever; how it ends goes into a file, and what a group made afterwards gives."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(plan["port"]))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the test serves the store, and outlives every rank
+    world = fcomm.init(timeout_s=plan["timeout_s"])
+    # Before anything can go wrong: the survivors' next group, which does not open before it is used.
+    rest = [r for r in range(size) if r != plan["victim"]]
+    after = fcomm.subgroup(world, rest, name="after")
+    x = torch.full((plan["length"],), float(rank))
+    call = CALLS[plan["call"]]
+    call(x, world)
+    Path(root, f"ready{rank}").touch()
+    try:
+        for step in range(1_000_000):
+            if rank == plan["victim"] and step == plan["step"]:
+                if plan["act"] == "exit":
+                    os._exit(3)
+                raise ValueError("this rank has a bug of its own")
+            call(x, world)
+    except fcomm.FcommError as error:
+        now = time.time()
+        start = time.monotonic()
+        with contextlib.suppress(fcomm.GroupPoisonedError):
+            call(x, world)
+            raise AssertionError("the group still works") from error
+        again_s = time.monotonic() - start
+        total = float(fcomm.all_reduce(torch.ones(3), after, fcomm.cpu)[0]) if rank in rest else 0.0
+        about = [type(error).__name__, str(error), list(error.culprits), error.op, error.group, error.rank]
+        result = json.dumps({"error": about, "at": now, "again_s": again_s, "total": total})
+        Path(root, f"tmp{rank}").write_text(result)
+        Path(root, f"tmp{rank}").rename(Path(root, f"end{rank}"))
+    finally:
+        fcomm.close()
+
+
+@contextlib.contextmanager
+def processes(size: int, root: Path, plan: dict[str, Any]) -> Iterator[list[Any]]:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["fcomm.launch"])
+    started = [context.Process(target=trial_main, args=(r, size, str(root), plan)) for r in range(size)]
+    for process in started:
+        process.start()
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s} s: {what}")
+        time.sleep(0.002)
+
+
+ERRORS = {"kill": "PeerDiedError", "exit": "PeerDiedError", "raise": "PeerDiedError", "stop": "CollectiveTimeoutError"}
+
+
+def trial(size: int, act: str, call: str, length: int, seed: int, root: Path) -> list[float]:
+    """Run, strike one rank at a random moment, and check what the others say; returns the seconds it took each."""
+    root.mkdir()
+    draw = random.Random(seed)
+    victim = draw.randrange(size)
+    timeout_s = 1.5 if act == "stop" else 30.0
+    step = draw.randrange(50) if act in ("exit", "raise") else -1
+    store, port = loopback_store(60.0)
+    plan = {"victim": victim, "act": act, "step": step, "call": call, "length": length}
+    plan |= {"timeout_s": timeout_s, "port": port}
+    before = set(os.listdir("/dev/shm"))
+    with processes(size, root, plan) as ranks:
+        wait_until(lambda: all((root / f"ready{r}").exists() for r in range(size)), 60, "all ranks ready")
+        if step < 0:
+            time.sleep(draw.random() * 0.02)
+            os.kill(ranks[victim].pid, signal.SIGKILL if act == "kill" else signal.SIGSTOP)
+        struck = time.time()
+        survivors = [r for r in range(size) if r != victim]
+        limit = timeout_s + 20
+        wait_until(lambda: all((root / f"end{r}").exists() for r in survivors), limit, f"survivors of {plan} raise")
+    del store
+    took = []
+    for r in survivors:
+        end = json.loads((root / f"end{r}").read_text())
+        kind, text, culprits, op, group, rank = end["error"]
+        assert kind == ERRORS[act], (plan, text)
+        assert culprits == [victim], (plan, text)
+        assert f"rank {victim} (pid {ranks[victim].pid})" in text, text
+        assert (op, group, rank) == (call, "world", r), (plan, end)
+        assert end["again_s"] < 0.1, "an unusable group says so at once"
+        assert end["total"] == len(survivors), "the next group of the survivors works"
+        took.append(end["at"] - struck)
+    assert max(took) < (timeout_s + 1 if act == "stop" else 2.0), (plan, took)
+    assert set(os.listdir("/dev/shm")) <= before
+    return took
+
+
+PLANS = [
+    (2, "kill", "all_reduce", 2),
+    (3, "kill", "all_to_all", 300_000),
+    (4, "kill", "all_gather", 1000),
+    (3, "exit", "reduce_scatter", 5000),
+    (3, "raise", "broadcast", 100_000),
+    (3, "stop", "all_reduce", 1000),
+    (2, "kill", "recv", 50_000),
+]
+
+
+@pytest.mark.parametrize(("size", "act", "call", "length"), PLANS)
+def test_survivors_raise_and_name_the_dead(size: int, act: str, call: str, length: int, tmp_path: Path) -> None:
+    for seed in range(2):
+        trial(size, act, call, length, seed, tmp_path / str(seed))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_two_hundred_random_deaths(size: int, tmp_path: Path) -> None:
+    draw, took = random.Random(size), []
+    calls = [name for name in CALLS if name != "recv" or size == 2]  # in a ring, who ends first ends others
+    for k in range(70):
+        act = draw.choice(["kill", "kill", "kill", "exit", "raise"])
+        took += trial(size, act, draw.choice(calls), draw.choice([1, 1000, 400_000]), k, tmp_path / str(k))
+    took.sort()
+    print(f"{size} ranks: median {took[len(took) // 2] * 1e3:.1f} ms, longest {took[-1] * 1e3:.1f} ms")
+
+
+# --- ranks that disagree ----------------------------------------------------------------------------------------------
+
+f32, f64, i32 = torch.float32, torch.float64, torch.int32
+
+
+def ones(*shape: int, dtype: torch.dtype = f32) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+def exchange(group: fcomm.Group, backend: fcomm.Backend, expected: list[int]) -> torch.Tensor:
+    return fcomm.all_to_all(ones(group.size), group, backend, send_sizes=[1] * group.size, recv_sizes=expected)
+
+
+# What the odd rank does, and what the others do.
+MISMATCHES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "op": (lambda g, b: fcomm.broadcast(ones(9), g, b), lambda g, b: fcomm.all_reduce(ones(9), g, b)),
+    "barrier": (fcomm.barrier, lambda g, b: fcomm.all_reduce(ones(1), g, b)),
+    "shape": (lambda g, b: fcomm.all_reduce(ones(900), g, b), lambda g, b: fcomm.all_reduce(ones(1000), g, b)),
+    "same numel": (lambda g, b: fcomm.all_reduce(ones(5, 2), g, b), lambda g, b: fcomm.all_reduce(ones(2, 5), g, b)),
+    "large": (lambda g, b: fcomm.all_reduce(ones(2**19), g, b), lambda g, b: fcomm.all_reduce(ones(2**19 + 1), g, b)),
+    "dtype": (
+        lambda g, b: fcomm.all_reduce(ones(9, dtype=i32), g, b),
+        lambda g, b: fcomm.all_reduce(ones(9), g, b),
+    ),
+    "dtype width": (
+        lambda g, b: fcomm.all_gather(ones(9, dtype=f64), g, b),
+        lambda g, b: fcomm.all_gather(ones(9), g, b),
+    ),
+    "dtype of moved bytes": (
+        lambda g, b: fcomm.broadcast(ones(9, dtype=i32), g, b),
+        lambda g, b: fcomm.broadcast(ones(9), g, b),
+    ),
+    "float8": (
+        lambda g, b: fcomm.all_reduce(ones(9).to(torch.float8_e5m2), g, b),
+        lambda g, b: fcomm.all_reduce(ones(9), g, b),
+    ),
+    "redop": (
+        lambda g, b: fcomm.all_reduce(ones(9), g, b, op="max"),
+        lambda g, b: fcomm.all_reduce(ones(9), g, b, op="sum"),
+    ),
+    "root": (
+        lambda g, b: fcomm.broadcast(ones(9), g, b, src=1),
+        lambda g, b: fcomm.broadcast(ones(9), g, b, src=0),
+    ),
+    "gather shape": (lambda g, b: fcomm.all_gather(ones(3), g, b), lambda g, b: fcomm.all_gather(ones(4), g, b)),
+    "gather dim": (
+        lambda g, b: fcomm.all_gather(ones(3, 3), g, b, dim=1),
+        lambda g, b: fcomm.all_gather(ones(3, 3), g, b),
+    ),
+    "tiled": (
+        lambda g, b: fcomm.all_gather(ones(3), g, b, tiled=False),
+        lambda g, b: fcomm.all_gather(ones(3), g, b),
+    ),
+    "scatter shape": (
+        lambda g, b: fcomm.reduce_scatter(ones(2 * g.size), g, b),
+        lambda g, b: fcomm.reduce_scatter(ones(g.size), g, b),
+    ),
+    "perm": (
+        lambda g, b: fcomm.ppermute(ones(9), g, b, perm=[(0, 0)]),
+        lambda g, b: fcomm.ppermute(ones(9), g, b, perm=everyone(g)),
+    ),
+    "sizes": (
+        lambda g, b: fcomm.reduce_scatter(ones(g.size), g, b, sizes=[g.size, *[0] * (g.size - 1)]),
+        lambda g, b: fcomm.reduce_scatter(ones(g.size), g, b, sizes=[1] * g.size),
+    ),
+    "send sizes": (
+        lambda g, b: exchange(g, b, [1 if r == g.rank else 2 for r in range(g.size)]),
+        lambda g, b: exchange(g, b, [1] * g.size),
+    ),
+    "scan direction": (
+        lambda g, b: fcomm.scan(ones(9), g, b, reverse=True),
+        lambda g, b: fcomm.scan(ones(9), g, b),
+    ),
+    "order": (
+        lambda g, b: (fcomm.all_gather(ones(9), g, b), fcomm.all_reduce(ones(9), g, b)),
+        lambda g, b: (fcomm.all_reduce(ones(9), g, b), fcomm.all_gather(ones(9), g, b)),
+    ),
+}  # fmt: skip
+
+
+def check_mismatches(world: fcomm.Group, names: list[str]) -> list[str]:
+    failures = []
+    for k, name in enumerate(names):
+        odd = k % world.size
+        group = fcomm.subgroup(world, range(world.size), name=f"{name} {k}", timeout_s=20)
+        fcomm.barrier(group, fcomm.cpu)
+        start = time.monotonic()
+        try:
+            MISMATCHES[name][world.rank != odd](group, fcomm.cpu)
+            failures.append(f"{name}: returned normally")
+        except fcomm.MismatchError as error:
+            text = str(error)
+            if time.monotonic() - start > 5:
+                failures.append(f"{name}: took {time.monotonic() - start} s")
+            if world.size > 2 and name != "send sizes" and error.culprits != (odd,):
+                failures.append(f"{name}: blames {error.culprits} and not {odd}: {text}")
+            if f"rank {world.rank} of {world.size}" not in text or "make every rank call the same" not in text:
+                failures.append(f"{name}: {text}")
+        except fcomm.FcommError as error:
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+        fcomm.barrier(world, fcomm.cpu)
+        fcomm.close(group)
+    return failures
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_mismatch_raises_on_all_ranks(size: int) -> None:
+    names = [name for name in MISMATCHES if name != "perm" or size > 1]
+    run_ranks(check_mismatches, size, names, timeout_s=200)
+
+
+def check_message(world: fcomm.Group) -> list[str]:
+    if world.rank == 0:
+        fcomm.send(ones(3, dtype=f64), world, fcomm.cpu, dst=1)
+        return []
+    try:
+        fcomm.recv(ones(6), world, fcomm.cpu, src=0)
+    except fcomm.MismatchError as error:
+        text = str(error)
+        return [] if "float64[3]" in text and "float32[6]" in text else [text]
+    return ["a message of another dtype was taken"]
+
+
+def test_a_message_of_another_kind_is_refused() -> None:
+    run_ranks(check_message, 2, timeout_s=60)
+
+
+def check_words(world: fcomm.Group) -> list[str]:
+    x = ones(2, 3) if world.rank else ones(3, 2)
+    try:
+        fcomm.all_reduce(x, world, fcomm.cpu)
+    except fcomm.MismatchError as error:
+        expected = (
+            f"all_reduce: [rank {world.rank} of 3, group 'world'] the ranks ask for different things: "
+            "rank 0: all_reduce(float32[3, 2], op='sum'); ranks 1, 2: all_reduce(float32[2, 3], op='sum'); "
+            "make every rank call the same collectives in the same order with the same shapes, dtypes and options; "
+            "the group is unusable now; fcomm.close it on every rank and create it again"
+        )
+        return [] if str(error) == expected else [str(error)]
+    return ["no error"]
+
+
+def test_a_mismatch_quotes_what_each_rank_asked_for() -> None:
+    run_ranks(check_words, 3, timeout_s=60)
+
+
+# --- one rank, late, interrupted, forked, closed ----------------------------------------------------------------------
+
+
+def check_deadline(world: fcomm.Group) -> list[str]:
+    group = fcomm.subgroup(world, range(world.size), name="hasty", timeout_s=1.0)
+    fcomm.barrier(group, fcomm.cpu)
+    late = (1, 3)
+    if world.rank in late:
+        time.sleep(2.5)
+        return []
+    start = time.monotonic()
+    try:
+        fcomm.all_reduce(ones(4), group, fcomm.cpu)
+    except fcomm.CollectiveTimeoutError as error:
+        took = time.monotonic() - start
+        good = error.culprits == late and 0.9 < took < 2.0 and isinstance(error, TimeoutError)
+        return [] if good and "ranks 1 (pid" in str(error) else [f"after {took} s: {error} {error.culprits}"]
+    return ["no error"]
+
+
+def test_the_deadline_names_all_who_are_late() -> None:
+    run_ranks(check_deadline, 4, timeout_s=60)
+
+
+def check_slow(world: fcomm.Group, calls: int) -> list[str]:
+    """Slow but alive: no error, also under a storm of signals."""
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    group = fcomm.subgroup(world, range(world.size), name="patient", timeout_s=2.0)
+    for k in range(calls):
+        if world.rank == k % world.size and k % 100 == 0:
+            time.sleep(0.2)
+        y = fcomm.all_reduce(ones(4), group, fcomm.cpu)
+        if y[0] != world.size:
+            return [f"{y}"]
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return []
+
+
+def test_slow_ranks_and_signals_are_no_failure() -> None:
+    run_ranks(check_slow, 2, 1000, timeout_s=60)
+
+
+def check_interrupt(world: fcomm.Group) -> list[str]:
+    fcomm.barrier(world, fcomm.cpu)
+    if world.rank == 1:
+        time.sleep(1.0)
+        try:
+            fcomm.all_reduce(ones(4), world, fcomm.cpu)
+        except fcomm.PeerDiedError as error:
+            return [] if error.culprits == (0,) and "interrupted" in str(error) else [str(error)]
+        return ["no error"]
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    start = time.monotonic()
+    try:
+        fcomm.all_reduce(ones(4), world, fcomm.cpu)
+    except KeyboardInterrupt:
+        took = time.monotonic() - start - 0.3
+        return [] if took < 0.2 else [f"Ctrl-C took {took} s"]
+    return ["no KeyboardInterrupt"]
+
+
+def test_ctrl_c_ends_a_wait() -> None:
+    run_ranks(check_interrupt, 2, timeout_s=60)
+
+
+def check_fork(world: fcomm.Group) -> list[str]:
+    fcomm.all_reduce(ones(4), world, fcomm.cpu)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            fcomm.all_reduce(ones(4), world, fcomm.cpu)
+            text = "returned"
+        except fcomm.GroupClosedError as error:
+            text = str(error)
+        os.write(writing, text.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    text = os.read(reading, 1000).decode()
+    failures = [] if "forked" in text else [f"in the child: {text}"]
+    for _ in range(100):
+        if fcomm.all_reduce(ones(4), world, fcomm.cpu)[0] != world.size:
+            failures.append("the parent's group broke")
+    return failures
+
+
+def test_a_forked_child_is_told_and_does_no_harm() -> None:
+    run_ranks(check_fork, 2, timeout_s=60)
+
+
+def check_closed(world: fcomm.Group) -> list[str]:
+    failures = []
+    before = open_descriptors()
+    for k in range(5):
+        group = fcomm.subgroup(world, range(world.size), name="again")
+        x = fcomm.all_reduce(ones(4), group, fcomm.cpu)
+        if x[0] != world.size:
+            failures.append(f"epoch {k}: {x}")
+        fcomm.close(group)
+        fcomm.close(group)
+        try:
+            fcomm.all_reduce(ones(4), group, fcomm.cpu)
+            failures.append("a closed group works")
+        except fcomm.GroupClosedError as error:
+            if not str(error).endswith("group 'again' is closed; create it again"):
+                failures.append(str(error))
+    if open_descriptors() != before:
+        failures.append(f"{before} descriptors became {open_descriptors()}")
+    return failures
+
+
+def test_a_closed_group_says_so_and_leaves_nothing() -> None:
+    run_ranks(check_closed, 3, timeout_s=60)
+
+
+def check_left(world: fcomm.Group) -> list[str]:
+    group = fcomm.subgroup(world, range(world.size), name="left")
+    fcomm.barrier(group, fcomm.cpu)
+    if world.rank == 1:
+        fcomm.close(group)
+        fcomm.barrier(world, fcomm.cpu)
+        return []
+    try:
+        fcomm.all_reduce(ones(4), group, fcomm.cpu)
+        return ["no error"]
+    except fcomm.PeerDiedError as error:
+        return [] if error.culprits == (1,) and "closed the group, or exited" in str(error) else [str(error)]
+    finally:
+        fcomm.barrier(world, fcomm.cpu)
+
+
+def test_a_rank_that_closes_early_is_named() -> None:
+    run_ranks(check_left, 3, timeout_s=60)
