@@ -4,6 +4,8 @@ What a collective means and how it differentiates is in fcomm.collectives; how a
 fcomm.backends.<machine>; how torch sees it is in fcomm.registration. Who takes part is in fcomm.group.
 """
 
+from typing import TYPE_CHECKING
+
 from fcomm.backends.c10d import c10d
 from fcomm.backends.cpu import cpu
 from fcomm.backends.pool import empty_cache, memory_stats
@@ -111,3 +113,13 @@ __all__ = [
     "stateless_group",
     "subgroup",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """fcomm.layers and the like without an import of their own; importing fcomm need not pay for them."""
+        if name in ("compat", "layers", "testing"):
+            from importlib import import_module
+
+            return import_module(f"fcomm.{name}")
+        raise AttributeError(f"module 'fcomm' has no attribute {name!r}")
