@@ -113,14 +113,31 @@ def call(on: Communicator, start: Callable[[Any], Any]) -> None:
         if on.device != "cpu":
             work.wait()  # orders the current stream after it; the deadline is the process group's
             return
+        if on.name == "recv":
+            # One wait for all: gloo breaks the connection where a wait for a message ends early.
+            work.wait(timedelta(seconds=on.live.timeout_s))
+            return
         while not _is_done(work):
             _look_around(on, deadline)
     except RuntimeError as error:
         if on.owned and work is not None and not work.is_completed():
             # Its destructor waits for the call, which nothing can cancel.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(on.pg))
-        on.failure = _account(on, error)
-        raise on.failure from error
+        raise _fail(on, error) from error
+
+
+def send_later(on: Communicator, x: Tensor, dst: int, tag: int) -> None:
+    """Start a send and do not wait for it; x must not be written any more."""
+    on.sending = [(work, sent) for work, sent in on.sending if not work.is_completed()]
+    try:
+        on.sending.append((on.pg.send([x], dst, tag), x))
+    except RuntimeError as error:
+        raise _fail(on, error) from error
+
+
+def _fail(on: Communicator, error: Exception) -> FcommError:
+    on.failure = _account(on, error)
+    return on.failure
 
 
 def _is_done(work: Any) -> bool:
