@@ -7,6 +7,11 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python -m fcomm.demo $(ARGS)
 
+# The standard table, into notes/. MPI takes part where Open MPI or MPICH is installed and mpi4py can be.
+bench: .venv/ready
+	-command -v mpirun > /dev/null && $(BIN)/pip install --quiet "mpi4py>=4"
+	$(BIN)/python -m fcomm.bench.standard notes/0041-benchmark-table.md $(ARGS)
+
 test: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 

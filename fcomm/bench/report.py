@@ -73,7 +73,7 @@ def fixed(value: float, width: int) -> str:
     """A number in width characters, with as many decimals as fit, as nccl-tests prints it."""
     for decimals in (2, 1, 0):
         text = f"{value:.{decimals}f}"
-        if len(text) <= width - 1 or decimals == 0:
+        if len(text) <= width or decimals == 0:
             return text if len(text) <= width else f"{value:.0e}"
     raise AssertionError
 
@@ -175,7 +175,7 @@ def _result(row: Row) -> dict[str, Any]:
     ours = {"time": row.time_us(row.ours), "alg_bw": algorithm, "bus_bw": bus, "nwrong": row.wrong[row.ours]}
     result = {"size": row.size, "count": row.count, "type": row.dtype, "redop": row.op, "root": str(row.root)}
     ratios = {c: row.ratio(c) for c in row.times_us if c != row.ours}
-    return {**result, "out_of_place": ours, "in_place": None, "ratios": ratios, **asdict(row)}
+    return {**asdict(row), **result, "out_of_place": ours, "in_place": None, "ratios": ratios}
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

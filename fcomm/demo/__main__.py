@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 0 if both runs are one training, 1 if not, 2 for a wrong command line."""
     options, parser = _options(argv)
     launched = "RANK" in os.environ
-    world = fcomm.init() if launched else None
+    world = fcomm.init(timeout_s=600) if launched else None
     ranks = world.size if world is not None else options.ranks
     model = Model(**options.model)
     try:
