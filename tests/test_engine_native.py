@@ -34,7 +34,10 @@ def engine_sources() -> list[Path]:
 def _compile(source: Path, folder: Path, flags: Sequence[str]) -> Path:
     """The object file of source, made anew if any source or header is newer."""
     target = folder / f"{source.parent.name}-{source.stem}.o"
-    inputs = [source, *(path for place in (ENGINE, NATIVE) for path in place.iterdir() if path.suffix in (".h", ".inc"))]
+    inputs = [
+        source,
+        *(path for place in (ENGINE, NATIVE) for path in place.iterdir() if path.suffix in (".h", ".inc")),
+    ]
     if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
         # The kernels are tested as they are shipped: vectorised, except where a sanitizer wants to look.
         speed = ("-O3",) if source == ENGINE / "kernels.cpp" and "-g" not in flags else ()
@@ -63,7 +66,9 @@ def build(variant: str, program: str = "main") -> Path:
 
 def run(program: Path, *suites: str, timeout_s: float = 300) -> str:
     done = subprocess.run([program, *suites], capture_output=True, text=True, timeout=timeout_s, check=False)
-    assert done.returncode == 0, f"{program} {' '.join(suites)} ended with {done.returncode}\n{done.stderr}{done.stdout}"
+    assert done.returncode == 0, (
+        f"{program} {' '.join(suites)} ended with {done.returncode}\n{done.stderr}{done.stdout}"
+    )
     return done.stdout
 
 

@@ -136,8 +136,9 @@ fcomm_status wait_slowly(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std
     if (const auto hook = interrupt_hook.load(); hook && hook()) return poison(c, FCOMM_INTERRUPTED, c.rank, round);
     const std::int64_t left = start + c.timeout_ns - now_ns();
     if (left <= 0) return deadline(c, peer, round, among);
-    // Announce, then look, then sleep; the peer publishes, then looks for sleepers. All four sequentially consistent:
-    // one of the two sees the other.
+    // Announce, then sleep if the kernel still sees the old value; the peer publishes, then looks for sleepers. All
+    // sequentially consistent: one of the two sees the other. (The wake-up of a poison word may fall between our looking
+    // at it and the sleep, and is then made up for by the slice's end.)
     waiters.fetch_add(1, std::memory_order_seq_cst);
     const std::uint32_t seen = word.load(std::memory_order_seq_cst);
     if (!reached(seen, target) && !c.header().poison.load(std::memory_order_acquire))

@@ -221,7 +221,5 @@ void failures_suite() {
   deadlines();
   departures();
   arguments();
-  forks();
-  interrupts();
-  every_step();
+  if (kForks) forks(), interrupts(), every_step();
 }

@@ -94,6 +94,10 @@ bool Ended::all_well() const {
 }
 
 Ended as_processes(const World &w, const Body &body, double limit_s) {
+  if (!kForks) {
+    as_threads(w, body);
+    return {std::vector<int>(std::size_t(w.size), 0)};
+  }
   Setup setup(w);
   std::vector<pid_t> pids;
   std::fflush(nullptr);

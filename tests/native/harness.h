@@ -30,6 +30,14 @@ using Body = std::function<void(fcomm_comm *, int rank)>;
 
 void as_threads(const World &, const Body &);
 
+// ThreadSanitizer does not follow forks of a process that has had threads: processes become threads there, and what
+// forks, kills or stops a process by intent is left to the other builds.
+#ifdef __SANITIZE_THREAD__
+constexpr bool kForks = false;
+#else
+constexpr bool kForks = true;
+#endif
+
 // Exit status of each rank as wait() gives it; a rank still there after limit_s is killed and fails the test.
 struct Ended {
   std::vector<int> status;
