@@ -57,7 +57,7 @@ def run(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0)
         os._exit(_UNGUARDED)
     call = _pickled(fn, args)
     store, port = loopback_store(timeout_s)
-    # A clean server process imports torch once and forks ranks in milliseconds; forking this one would copy its threads.
+    # A clean server process imports torch once and forks ranks in milliseconds; forking this one would copy threads.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["fcomm.launch"])
     processes: list[ForkServerProcess] = []

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fcomm.arithmetic import fold
-from fcomm.backends.processgroup import Communicator, call, calling, compare_calls
+from fcomm.backends.processgroup import Communicator, call, calling, compare_calls, send_later
 from fcomm.collectives.exchange import pairs
 from fcomm.errors import MismatchError
 from fcomm.group import Backend, register_backend
@@ -275,10 +275,9 @@ def _header(x: Tensor) -> Tensor:
 
 def _send(x: Tensor, on: Communicator, *, dst: int) -> Tensor:
     # The receiver learns the size first: torch.distributed would abort or wait for ever where it differs.
-    on.sending = [(work, sent) for work, sent in on.sending if not work.is_completed()]
     for tag, part in enumerate((_header(x), _bytes(x.clone()))):
         if part.numel():
-            on.sending.append((on.pg.send([part], dst, tag), part))
+            send_later(on, part, dst, tag)
     return x.new_empty(0)
 
 
