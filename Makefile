@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check fuzz native sanitize stress bench clean
+.PHONY: demo test test-all test-jax check fuzz native sanitize stress bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m fcomm.demo $(ARGS)
@@ -27,6 +27,11 @@ check: .venv/ready
 MINUTES ?= 20
 fuzz: .venv/ready
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
+
+# random programs against jax.lax, which this installs
+test-jax: .venv/ready
+	$(BIN)/pip install --quiet --editable ".[test,jax]"
+	$(BIN)/python -m pytest tests/test_jax.py
 
 # torch is pinned: a looser range would fetch a build with CUDA, which is gigabytes.
 .venv/ready: pyproject.toml

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,22 +28,25 @@ def as_group(group: GroupLike, tag: str = "") -> Group:
 
     A Group; a ProcessGroup; a 1-D DeviceMesh or (mesh, dim); ranks of the world, [0, 1], or the partition of the world
     into groups, [[0, 1], [2, 3]]; the name of a Group or of a ProcessGroup. tag tells apart groups of the same ranks.
-    Made at first use and kept; torch.compile sees the result as a constant.
+    Made at first use and kept; communicates nothing.
     Raises ArgumentError if it describes no group of this process.
     """
     if isinstance(group, Group):
         return group
     if isinstance(group, list):
-        return _of_ranks(tuple(tuple(r) if isinstance(r, Sequence) else r for r in group), tag)
-    if isinstance(group, tuple):
+        place = _of_ranks(tuple(tuple(r) if isinstance(r, Sequence) else r for r in group), tag)
+    elif isinstance(group, tuple):
         if len(group) != 2 or not isinstance(group[0], DeviceMesh):
             raise ArgumentError(f"group is the tuple {group!r}; the only tuple that means a group is (DeviceMesh, dim)")
-        return _of_mesh(*group)
-    if isinstance(group, DeviceMesh):
-        return _of_mesh(group, None)
-    if isinstance(group, str):
-        return _of_name(group)
-    return _of_process_group(group)
+        place = _of_mesh(*group)
+    elif isinstance(group, DeviceMesh):
+        place = _of_mesh(group, None)
+    elif isinstance(group, str):
+        place = _of_name(group)
+    else:
+        # Tracing, torch.compile has a stand-in for a ProcessGroup that knows little more than its name.
+        place = _of_name_in_torch(group.group_name)
+    return cast(Group, getattr(_KEPT, place))
 
 
 def as_backend(backend: Backend | None, group: Group) -> Backend:
@@ -75,55 +79,72 @@ def takes_handles(fn: F) -> F:
     return cast(F, call)
 
 
+# --- groups kept under an attribute of _KEPT ----------------------------------------------------------------------
+
+# The functions below run while torch.compile traces, and their results are constants to it. They return names: Dynamo
+# guards on an object that it finds by a name, and refuses to look into one that a constant function returns.
+
+_KEPT = SimpleNamespace()
+_PLACES: dict[str, str] = {}
+
+
+def _keep(group: Group) -> str:
+    place = _PLACES.setdefault(group.key, f"group_{len(_PLACES)}")
+    setattr(_KEPT, place, group)
+    return place
+
+
 def _constant(fn: F) -> F:
-    """torch.compile runs fn while it traces, and takes the result as a constant: a graph knows a group by its name."""
     return cast(F, torch.compiler.assume_constant_result(fn))
 
 
 @_constant
-def _of_process_group(pg: dist.ProcessGroup) -> Group:
-    name = f"c10d:{pg.group_name}"
-    group = GROUPS.get(name)
+def _of_name_in_torch(name: str) -> str:
+    # Private: torch has no public way from a group's name to the group, and funcol takes names.
+    pg = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    key = f"c10d:{name}"
+    group = GROUPS.get(key)
     if group is not None:
         try:
             if live(group).process_group is pg:
-                return group
+                return _keep(group)
         except GroupClosedError:
             pass
         # A group of that name from before destroy_process_group, or from before a fork.
         close(group)
-    return from_process_group(pg, name=name)
+    return _keep(from_process_group(pg, name=key))
 
 
 @_constant
-def _of_mesh(mesh: DeviceMesh, dim: int | str | None) -> Group:
+def _of_mesh(mesh: DeviceMesh, dim: int | str | None) -> str:
     if dim is None and mesh.ndim != 1:
         raise ArgumentError(f"group is a DeviceMesh of {mesh.ndim} dimensions; pass (mesh, dim)")
-    return _of_process_group(mesh.get_group(dim))
+    return _of_name_in_torch(mesh.get_group(dim).group_name)
 
 
 @_constant
-def _of_ranks(ranks: tuple[Any, ...], tag: str) -> Group:
-    world = _of_process_group(cast(dist.ProcessGroup, dist.group.WORLD))
+def _of_ranks(ranks: tuple[Any, ...], tag: str) -> str:
+    if dist.group.WORLD is None:
+        raise ArgumentError(f"group is {list(ranks)}, and torch.distributed is not initialised; pass a Group")
+    world: Group = getattr(_KEPT, _of_name_in_torch(dist.group.WORLD.group_name))
     if ranks and isinstance(ranks[0], tuple):
         if len({len(block) for block in ranks}) > 1:
             raise ArgumentError(f"group is {list(ranks)}; group sizes must be identical")
         ranks = next((block for block in ranks if world.rank in block), ranks[0])
     members = tuple(sorted(ranks))
     if members == world.ranks and not tag:
-        return world
-    name = f"c10d:{tag}{list(members)}"
-    found = GROUPS.get(name)
-    return found if found is not None else subgroup(world, members, name=name)
+        return _keep(world)
+    key = f"c10d:{tag}{list(members)}"
+    found = GROUPS.get(key)
+    return _keep(found if found is not None else subgroup(world, members, name=key))
 
 
 @_constant
-def _of_name(name: str) -> Group:
+def _of_name(name: str) -> str:
     if name in GROUPS:
-        return GROUPS[name]
+        return _keep(GROUPS[name])
     try:
-        # Private: torch has no public way from a group's name to the group, and funcol takes names.
-        return _of_process_group(dist.distributed_c10d._resolve_process_group(name))  # type: ignore[arg-type]
+        return _of_name_in_torch(name)
     except (RuntimeError, ValueError) as error:
         raise ArgumentError(
             f"group is '{name}', the name of no Group and of no ProcessGroup of this process"
