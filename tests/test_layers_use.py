@@ -177,7 +177,9 @@ class ParallelBlock(torch.nn.Module):
         self.group, self.backend = group, backend
 
     def forward(self, x: Tensor) -> Tensor:
-        return layers.transformer_block(x, dict(self.params), self.group, self.backend, seq_dim=1)
+        return layers.transformer_block(
+            x, {name: self.params[name] for name in dense.BLOCK}, self.group, self.backend, seq_dim=1
+        )
 
 
 def _block_parts(n: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -197,7 +199,7 @@ def _module_on_rank(world: fcomm.Group, backend: str, compiled: bool) -> list[Te
         # Each rank's own positions: the sum of all ranks' losses is what is differentiated.
         step(x[world.rank]).square().sum().backward()
         optimizer.step()
-    return [p.detach() for p in module.parameters()]
+    return [module.params[name].detach() for name in dense.BLOCK]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
