@@ -1,0 +1,287 @@
+"""Faults planted in the doubles: a typed error on every rank in time, communicators aborted, the next group works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from vendors import ASYNC, DEAF, DELAY, HANG, STATUS, backend, control, module, plant
+
+import fcomm
+from fcomm.testing import run_ranks
+
+Call = Callable[[fcomm.Group, fcomm.Backend], object]
+
+CALLS: dict[str, Call] = {
+    "all_reduce": lambda group, on: fcomm.all_reduce(torch.ones(5), group, on),
+    "all_gather": lambda group, on: fcomm.all_gather(torch.ones(5), group, on),
+    "reduce_scatter": lambda group, on: fcomm.reduce_scatter(torch.ones(6), group, on),
+    "reduce": lambda group, on: fcomm.reduce(torch.ones(6), group, on),
+    "broadcast": lambda group, on: fcomm.broadcast(torch.ones(6), group, on),
+    "all_to_all": lambda group, on: fcomm.all_to_all(torch.ones(6), group, on),
+    "ppermute": lambda group, on: fcomm.ppermute(torch.ones(6), group, on, perm=[(0, 1), (1, 0)]),
+    "gather": lambda group, on: fcomm.gather(torch.ones(6), group, on),
+    "scatter": lambda group, on: fcomm.scatter(torch.ones(6), group, on),
+    "barrier": fcomm.barrier,
+    "exchange": lambda group, on: fcomm.all_to_all(
+        torch.ones(group.size), group, on, send_sizes=[1] * group.size, recv_sizes=[1] * group.size
+    ),
+}
+# Symbol -> a collective that calls it on rank 1. The first is reached while the communicator opens.
+NCCL = {
+    "ncclCommInitRankConfig": "all_reduce",
+    "ncclCommGetAsyncError": "all_reduce",
+    "ncclAllReduce": "all_reduce",
+    "ncclAllGather": "all_gather",
+    "ncclReduceScatter": "reduce_scatter",
+    "ncclReduce": "reduce",
+    "ncclBroadcast": "broadcast",
+    "ncclAlltoAll": "all_to_all",
+    "ncclGather": "gather",
+    "ncclScatter": "scatter",
+    "ncclGroupStart": "exchange",
+    "ncclGroupEnd": "exchange",
+    "ncclSend": "ppermute",
+    "ncclRecv": "ppermute",
+}
+HCCL = {
+    "HcclCommInitRootInfoConfig": "all_reduce",
+    "HcclGetCommAsyncError": "all_reduce",
+    "HcclAllReduce": "all_reduce",
+    "HcclAllGather": "all_gather",
+    "HcclReduceScatter": "reduce_scatter",
+    "HcclReduce": "reduce",
+    "HcclBroadcast": "broadcast",
+    "HcclAlltoAll": "all_to_all",
+    "HcclAlltoAllV": "exchange",
+    "HcclScatter": "scatter",
+    "HcclBatchSendRecv": "ppermute",
+    "HcclBarrier": "barrier",
+}
+SYMBOLS = {"nccl": NCCL, "hccl": HCCL}
+OPENING = ("ncclCommInitRankConfig", "HcclCommInitRootInfoConfig", "ncclCommGetAsyncError", "HcclGetCommAsyncError")
+DEADLINE_S = 3.0
+
+
+def twice(call: Call, group: fcomm.Group, on: fcomm.Backend) -> None:
+    """Another rank's failure may find this one's part done already; then it is the next call that raises."""
+    call(group, on)
+    fcomm.all_reduce(torch.ones(1), group, on)
+
+
+def failing(
+    world: fcomm.Group, on: fcomm.Backend, double: str, symbol: str, action: int, value: int
+) -> fcomm.FcommError:
+    """What this rank raises when the fault is planted on rank 1; checks what must hold for all."""
+    call = CALLS[SYMBOLS[double][symbol]]
+    group = fcomm.subgroup(world, range(world.size), name="failing", timeout_s=DEADLINE_S)
+    aborted, live = control(double).double_aborted(), control(double).double_live()
+    if symbol not in OPENING:
+        call(group, on)
+    if world.rank == 1:
+        plant(double, symbol, action, value)
+    start = time.monotonic()
+    with pytest.raises(fcomm.FcommError) as caught:
+        twice(call, group, on)
+    took = time.monotonic() - start
+    control(double).double_clear_faults()
+    error = caught.value
+    assert took < DEADLINE_S + 2, f"{took} s: {error}"
+    assert (error.group, error.rank) == ("failing", world.rank), error
+    assert error.op, error
+    with pytest.raises(fcomm.GroupPoisonedError, match="unusable since: ") as again:
+        call(group, on)
+    assert again.value.culprits == error.culprits
+    fcomm.close(group)
+    if double == "nccl" and symbol not in OPENING:
+        assert control(double).double_aborted() == aborted + 1
+    after = fcomm.subgroup(world, range(world.size), name="after")
+    assert fcomm.all_reduce(torch.ones(1), after, on).item() == world.size
+    fcomm.close(after)
+    # A call deaf to the abort keeps its communicator: freeing it would pull it from under the call.
+    assert action == DEAF or control(double).double_live() == live, f"{symbol}: communicators are left"
+    return error
+
+
+def statuses(world: fcomm.Group, double: str, pairs: list[tuple[str, int]]) -> list[str]:
+    on, codes, failures = backend(double), module(double).STATUS, []
+    for symbol, code in pairs:
+        error = failing(world, on, double, symbol, STATUS, code)
+        got = (getattr(error, "code", None), getattr(error, "code_name", None))
+        if got != (code, codes.name(code)) or type(error) is not type(fcomm.backends.ccall.error_of(codes, code, "")):
+            failures.append(f"{symbol} {code}: {error!r} has {got}")
+        if code not in (*codes.remote, *codes.timeout) and error.culprits != (1,):
+            failures.append(f"{symbol} {code}: culprits {error.culprits}: {error}")
+        if world.rank != 1 and "rank 1 failed first" not in str(error):
+            failures.append(f"{symbol} {code}: {error}")
+    return failures
+
+
+def _codes(double: str) -> list[int]:
+    vendor = module(double)
+    return [code for code in vendor.CODES if code not in (0, *vendor.STATUS.pending)]
+
+
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_each_call_and_each_status(double: str) -> None:
+    """Every symbol with one status, one symbol with every status."""
+    codes = _codes(double)
+    pairs = [(symbol, codes[i % len(codes)]) for i, symbol in enumerate(SYMBOLS[double])]
+    pairs += [(list(SYMBOLS[double])[2], code) for code in codes]
+    run_ranks(statuses, 2, double, pairs, timeout_s=300)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_each_status_at_each_call(double: str) -> None:
+    pairs = [(symbol, code) for symbol in SYMBOLS[double] for code in _codes(double)]
+    run_ranks(statuses, 3, double, pairs, timeout_s=590)
+
+
+def hangs(world: fcomm.Group, double: str, symbols: list[str]) -> list[str]:
+    """A call that does not return, listening to the abort and deaf to it: the deadline ends both."""
+    on, failures = backend(double), []
+    for symbol in symbols:
+        for action in (HANG, DEAF):
+            if action == DEAF and symbol in OPENING:
+                continue
+            error = failing(world, on, double, symbol, action, 1000 * int(DEADLINE_S + 2))
+            if not isinstance(error, fcomm.CollectiveTimeoutError | TimeoutError):
+                failures.append(f"{symbol} {action}: {error!r}")
+    return failures
+
+
+@pytest.mark.parametrize(("double", "symbol"), [("nccl", "ncclAllReduce"), ("hccl", "HcclAlltoAll")])
+def test_a_call_that_hangs(double: str, symbol: str) -> None:
+    run_ranks(hangs, 2, double, [symbol], timeout_s=120)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_every_call_that_hangs(double: str) -> None:
+    run_ranks(hangs, 3, double, list(SYMBOLS[double])[2:], timeout_s=590)
+
+
+def asynchronous(world: fcomm.Group, double: str, symbols: list[str], code: int) -> list[str]:
+    """The call succeeds, and the communicator turns out to have failed: found by polling."""
+    on, failures = backend(double), []
+    for symbol in symbols:
+        error = failing(world, on, double, symbol, ASYNC, code)
+        if getattr(error, "code", None) != code or "asynchronously" not in str(error):
+            failures.append(f"{symbol}: {error!r}")
+    return failures
+
+
+@pytest.mark.parametrize(
+    ("double", "symbols", "code"),
+    [("nccl", ["ncclAllReduce", "ncclAlltoAll", "ncclCommGetAsyncError"], 2), ("hccl", ["HcclAllReduce"], 19)],
+)
+def test_an_asynchronous_error(double: str, symbols: list[str], code: int) -> None:
+    run_ranks(asynchronous, 3, double, symbols, code, timeout_s=120)
+
+
+def slow(world: fcomm.Group, double: str, symbol: str) -> list[str]:
+    group = fcomm.subgroup(world, range(world.size), name="slow", timeout_s=DEADLINE_S)
+    on = backend(double)
+    fcomm.all_reduce(torch.ones(1), group, on)
+    if world.rank == 1:
+        plant(double, symbol, DELAY, 1000)
+    y = fcomm.all_reduce(torch.ones(1), group, on)
+    return [] if y.item() == world.size else [f"{y}"]
+
+
+@pytest.mark.parametrize(("double", "symbol"), [("nccl", "ncclAllReduce"), ("hccl", "HcclAllReduce")])
+def test_a_slow_call_is_no_fault(double: str, symbol: str) -> None:
+    run_ranks(slow, 2, double, symbol, timeout_s=60)
+
+
+def absent(world: fcomm.Group, double: str) -> list[str]:
+    """Rank 1 does not make the call: the others name it."""
+    on = backend(double)
+    group = fcomm.subgroup(world, range(world.size), name="g", timeout_s=1.5)
+    fcomm.all_reduce(torch.ones(1), group, on)
+    if world.rank == 1:
+        time.sleep(4)
+        with pytest.raises(fcomm.FcommError) as caught:
+            twice(CALLS["all_reduce"], group, on)
+    else:
+        with pytest.raises(fcomm.CollectiveTimeoutError, match=r"ranks \[1\] have not answered") as caught:
+            fcomm.all_reduce(torch.ones(1), group, on)
+    return [] if caught.value.culprits == (1,) else [f"{caught.value.culprits}: {caught.value}"]
+
+
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_a_rank_that_does_not_come_is_named(double: str) -> None:
+    run_ranks(absent, 3, double, timeout_s=60)
+
+
+def killed(world: fcomm.Group, double: str, directory: str) -> None:
+    on = backend(double)
+    fcomm.all_reduce(torch.ones(1), world, on)
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        fcomm.all_reduce(torch.ones(1), world, on)
+        text = "no error"
+    except fcomm.PeerDiedError as error:
+        text = f"{error.culprits} {time.monotonic() - start < 5}"
+    with open(os.path.join(directory, str(world.rank)), "w", encoding="utf-8") as out:
+        out.write(text)
+
+
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_a_killed_rank_is_named(double: str, tmp_path: object) -> None:
+    with pytest.raises(fcomm.FcommError, match="SIGKILL"):
+        run_ranks(killed, 3, double, str(tmp_path), timeout_s=60)
+    for rank in (0, 2):
+        with open(os.path.join(str(tmp_path), str(rank)), encoding="utf-8") as said:
+            assert said.read() == "(1,) True"
+
+
+def at_the_end(world: fcomm.Group, double: str, symbols: list[str], code: int) -> list[str]:
+    """A status while a group is closed."""
+    on, failures = backend(double), []
+    for symbol in symbols:
+        group = fcomm.subgroup(world, range(world.size), name="ending", timeout_s=DEADLINE_S)
+        fcomm.all_reduce(torch.ones(1), group, on)
+        if world.rank == 1:
+            plant(double, symbol, STATUS, code)
+            with pytest.raises(fcomm.BackendError, match=f"close: on group 'ending'.*{symbol} returned") as caught:
+                fcomm.close(group)
+            failures += [] if caught.value.code == code else [str(caught.value)]
+        else:
+            fcomm.close(group)
+        control(double).double_clear_faults()
+        after = fcomm.subgroup(world, range(world.size), name="after")
+        assert fcomm.all_reduce(torch.ones(1), after, on).item() == world.size
+        fcomm.close(after)
+    return failures
+
+
+@pytest.mark.parametrize(
+    ("double", "symbols", "code"),
+    [("nccl", ["ncclCommFinalize", "ncclCommDestroy"], 3), ("hccl", ["HcclCommDestroy"], 4)],
+)
+def test_a_status_at_the_end(double: str, symbols: list[str], code: int) -> None:
+    run_ranks(at_the_end, 2, double, symbols, code, timeout_s=60)
+
+
+def first_rank(world: fcomm.Group, double: str, symbol: str, code: int) -> list[str]:
+    """The unique id cannot be made: the ranks that wait for it hear why."""
+    on = backend(double)
+    group = fcomm.subgroup(world, range(world.size), name="g", timeout_s=DEADLINE_S)
+    if world.rank == 0:
+        plant(double, symbol, STATUS, code)
+    with pytest.raises(fcomm.BackendError) as caught:
+        fcomm.all_reduce(torch.ones(1), group, on)
+    return [] if (caught.value.code, caught.value.culprits) == (code, (0,)) else [repr(caught.value)]
+
+
+@pytest.mark.parametrize(("double", "symbol", "code"), [("nccl", "ncclGetUniqueId", 2), ("hccl", "HcclGetRootInfo", 8)])
+def test_an_id_that_cannot_be_made(double: str, symbol: str, code: int) -> None:
+    run_ranks(first_rank, 3, double, symbol, code, timeout_s=60)
