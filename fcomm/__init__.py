@@ -6,6 +6,7 @@ fcomm.backends.<machine>; how torch sees it is in fcomm.registration. Who takes 
 
 from typing import TYPE_CHECKING
 
+from fcomm import compat
 from fcomm.backends.c10d import c10d
 from fcomm.backends.cpu import cpu
 from fcomm.backends.pool import empty_cache, memory_stats
@@ -84,6 +85,7 @@ __all__ = [
     "broadcast",
     "c10d",
     "close",
+    "compat",
     "cpu",
     "define",
     "empty_cache",
