@@ -172,6 +172,9 @@ def _is_plain(tensors: Sequence[Tensor]) -> bool:
     for x in tensors:
         if type(x) not in _PLAIN_TYPES or (grad and x.requires_grad) or _C._functorch.is_functorch_wrapped_tensor(x):
             return False
+        # autograd.grad(is_grads_batched=True) runs backward on the batches of torch's first vmap, not functorch's.
+        if _C._functorch.is_legacy_batchedtensor(x):
+            return False
     return True
 
 
