@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing as mp
 import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -42,8 +42,8 @@ def run(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0)
 
     fn, args and results are pickled, so fn is a function of a module or script, not a lambda; tensors go by value. A
     script that calls run does so under `if __name__ == "__main__":`. Every process has this one's environment and what
-    torchrun would add to it, and one torch thread unless OMP_NUM_THREADS says otherwise. The world's deadline is nine
-    tenths of timeout_s, so that a collective which waits in vain can still say so.
+    torchrun would add to it, and one torch thread unless OMP_NUM_THREADS says otherwise. The world's deadline is three
+    quarters of timeout_s, so that a collective which waits in vain can still say so.
 
     Raises FcommError with the first failing rank's own traceback, CollectiveTimeoutError after timeout_s seconds;
     in both cases, and on KeyboardInterrupt, every process that was started is gone when it raises.
@@ -120,13 +120,13 @@ def _environment(rank: int, size: int, port: int) -> dict[str, str]:
 def _rank_main(call: bytes, environment: dict[str, str], timeout_s: float, pipe: Connection) -> None:
     global _in_rank  # noqa: PLW0603  a process is a rank from here on
     _in_rank = True
-    _die_with_parent()
+    threading.Thread(target=_end_with_caller, name="fcomm-caller", daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     try:
         fn, args = pickle.loads(call)
-        world = init(timeout_s=0.9 * timeout_s)
+        world = init(timeout_s=0.75 * timeout_s)
         result = fn(world, *args)
         close()
         # By value: torch's own pickler for processes shares storages, which die with this one.
@@ -138,10 +138,12 @@ def _rank_main(call: bytes, environment: dict[str, str], timeout_s: float, pipe:
     pipe.close()
 
 
-def _die_with_parent() -> None:
-    # A killed parent cannot kill its ranks. The forkserver, whose child this is, ends with it: let this end with that.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+def _end_with_caller() -> None:
+    """A caller that is killed cannot kill its ranks, and the server process lives as long as they do."""
+    caller = mp.parent_process()
+    if caller is not None:
+        caller.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _collect(processes: list[ForkServerProcess], pipes: list[Connection], timeout_s: float) -> list[Any]:
