@@ -56,11 +56,11 @@ def test_table_files_and_comparison(tmp_path):
     first = document["results"][0]
     assert (first["size"], first["count"], first["type"], first["redop"], first["root"]) == (8, 2, "float", "sum", "-1")
     assert set(first["out_of_place"]) == {"time", "alg_bw", "bus_bw", "nwrong"}
-    assert set(first["ratios"]) == {"c10d", "funcol", "copy"}
+    assert set(first["ratios"]) == {"c10d", "funcol", "copy", "add"}
     # Everybody did the same work: rivals are checked too.
     assert all(wrong == 0 for result in document["results"] for wrong in result["wrong"].values())
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
-    assert {row["contestant"] for row in rows} == {"fcomm.cpu", "c10d", "funcol", "copy"}
+    assert {row["contestant"] for row in rows} == {"fcomm.cpu", "c10d", "funcol", "copy", "add"}
 
 
 def test_a_wrong_result_is_counted_and_fails(tmp_path):

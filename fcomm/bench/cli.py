@@ -87,7 +87,9 @@ def parser() -> argparse.ArgumentParser:
     who.add_argument("--backend", default="cpu", help=f"of: {' '.join(_machines())} (cpu)")
     who.add_argument("--ranks", type=_positive, default=2, help="processes on this machine (2); a launcher's own win")
     who.add_argument("--vs", action="append", default=[], metavar="RIVAL", help="c10d, funcol or mpi; may be repeated")
-    who.add_argument("--limit", action="store_true", help="beside a copy of the same bytes by all ranks at once")
+    who.add_argument(
+        "--limit", action="store_true", help="beside a copy of the same bytes by all ranks at once, and x + x"
+    )
     who.add_argument("--compiled", action="store_true", help="the cost of one call inside a compiled graph")
     who.add_argument("--import", dest="modules", action="append", default=[], help="a module that defines collectives")
     out = p.add_argument_group("output")
@@ -157,7 +159,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     if "mpi" in options.vs and (missing := launch.why_no_mpi()):
         raise ValueError(f"--vs mpi: {missing}")
     _one_of("-d", options.datatype, DTYPES)
-    rivals = (*dict.fromkeys(options.vs), *(("copy",) if options.limit else ()))
+    rivals = (*dict.fromkeys(options.vs), *(("copy", "add") if options.limit else ()))
     plan = Plan(
         _collectives(options.collectives),
         tuple(sizes),

@@ -38,17 +38,17 @@ class Program:
 
 
 def build(name: str, nbytes: int, dtype: torch.dtype, op: str, root: int, group: Group, backend: Backend) -> Program:
-    """The program of a record on about nbytes: at least one element for each rank, the same number for all."""
+    """The program of a record on nbytes, or a little less: whole elements, in equal blocks where it has blocks."""
     record, rank, n = RECORDS[name], group.rank or 0, group.size
-    rows = max(1, nbytes // dtype.itemsize // n)
+    elements = max(1, nbytes // dtype.itemsize)
     chosen = {"op": op, "src": root, "dst": root, "perm": [(r, (r + 1) % n) for r in range(n)]}
     whole = _SEVERAL_TENSORS.get(name, _one_tensor)
-    length, call, meaning = whole(record, rows, group, backend, chosen)
+    count, length, call, meaning = whole(record, elements, group, backend, chosen)
     xs = [_values(name, length, dtype, op, r) for r in range(n)]
     return Program(
         name,
         xs[rank],
-        rows * n,
+        count,
         op if "op" in record.params else "none",
         root if {"src", "dst"} & set(record.params) and name != "send" else -1,
         call,
@@ -56,11 +56,16 @@ def build(name: str, nbytes: int, dtype: torch.dtype, op: str, root: int, group:
     )
 
 
-Parts = tuple[int, Callable[[Tensor], Tensor], Callable[[list[Tensor]], Sequence[Tensor]]]
+# Elements of the size, length of x, the call, and what it means over the list of all ranks' x.
+Parts = tuple[int, int, Callable[[Tensor], Tensor], Callable[[list[Tensor]], Sequence[Tensor]]]
 
 
-def _one_tensor(record: Record, rows: int, group: Group, backend: Backend, chosen: dict[str, Any]) -> Parts:
-    """(length of x, the call, the meaning) of any collective that takes x and options."""
+def _in_blocks(elements: int, size: int) -> int:
+    return max(size, elements // size * size)
+
+
+def _one_tensor(record: Record, elements: int, group: Group, backend: Backend, chosen: dict[str, Any]) -> Parts:
+    """Any collective that takes x and options."""
     if record.tensors != ("x",):
         raise fcomm.FcommError(
             f"bench: {record.name} takes the tensors {', '.join(record.tensors)}; the benchmark fills x only"
@@ -78,9 +83,11 @@ def _one_tensor(record: Record, rows: int, group: Group, backend: Backend, chose
             return fcomm.apply(record.name, x, group, backend, *values)
         return function(x, group, backend, **options)  # type: ignore[no-any-return]
 
-    n = group.size
-    (grown,) = record.shape((rows * n,), group, **params)
-    return rows if grown > rows * n else rows * n, call, lambda xs: record.spec(xs, **params)
+    # A collective with a dim cuts it into blocks, or makes it of blocks.
+    count = _in_blocks(elements, group.size) if record.dims else elements
+    (grown,) = record.shape((count,), group, **params)
+    length = count // group.size if grown > count else count
+    return count, length, call, lambda xs: record.spec(xs, **params)
 
 
 def default_params(record: Record) -> dict[str, Any]:
@@ -89,25 +96,26 @@ def default_params(record: Record) -> dict[str, Any]:
     return {p.split()[1]: kinds.get(p.split()[0]) for p in record.schema.split(",") if p.strip()}
 
 
-def _ring(record: Record, rows: int, group: Group, backend: Backend, chosen: dict[str, Any]) -> Parts:
+def _ring(record: Record, elements: int, group: Group, backend: Backend, chosen: dict[str, Any]) -> Parts:
     """send to the next rank and recv from the previous one, nccl-tests' sendrecv."""
 
     def call(x: Tensor) -> Tensor:
         return fcomm.recv(x, group, backend, after=fcomm.send(x, group, backend))
 
-    return rows * group.size, call, lambda xs: [xs[-1], *xs[:-1]]
+    return elements, elements, call, lambda xs: [xs[-1], *xs[:-1]]
 
 
-def _even_ragged(record: Record, rows: int, group: Group, backend: Backend, chosen: dict[str, Any]) -> Parts:
+def _even_ragged(record: Record, elements: int, group: Group, backend: Backend, chosen: dict[str, Any]) -> Parts:
     """Equal slices to every rank, side by side at the receiver: all_to_all, by offsets and sizes."""
-    n = group.size
+    n, count = group.size, _in_blocks(elements, group.size)
+    rows = count // n
     starts, sizes = torch.arange(n) * rows, torch.full((n,), rows)
     landing = torch.full((n,), rows * (group.rank or 0))
 
     def call(x: Tensor) -> Tensor:
         return fcomm.ragged_all_to_all(x, torch.empty_like(x), starts, sizes, landing, sizes, group, backend)
 
-    return rows * n, call, lambda xs: [torch.cat([x.chunk(n)[r] for x in xs]) for r in range(n)]
+    return count, count, call, lambda xs: [torch.cat([x.chunk(n)[r] for x in xs]) for r in range(n)]
 
 
 _SEVERAL_TENSORS: dict[str, Callable[[Record, int, Group, Backend, dict[str, Any]], Parts]] = {
