@@ -187,16 +187,14 @@ def _all_cases_on_rank(world: fcomm.Group, backend: str) -> list[str]:
     return failures
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize(("backend", "n"), [("cpu", 2), ("cpu", 3), ("c10d", 3)])
 def test_in_processes(backend: str, n: int) -> None:
     run_ranks(_all_cases_on_rank, n, backend)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("n", [1, 4])
-def test_in_one_and_four_processes(backend: str, n: int) -> None:
+@pytest.mark.parametrize(("backend", "n"), [("cpu", 1), ("cpu", 4), ("c10d", 1), ("c10d", 2), ("c10d", 4)])
+def test_in_other_numbers_of_processes(backend: str, n: int) -> None:
     run_ranks(_all_cases_on_rank, n, backend)
 
 
@@ -213,8 +211,7 @@ def _compiled_on_rank(world: fcomm.Group, backend: str, compiler: str, names: li
 
 
 # One of each technique; the long form below compiles them all.
-SAMPLE = ["transformer_block", "transformer_block-sequence", "cross_entropy-padded", "ulysses-lengths-causal",
-          "ring-zigzag", "moe_ragged", "diffusion_block", "gpipe", "gather_parameters"]  # fmt: skip
+SAMPLE = ["transformer_block-sequence", "cross_entropy-padded", "ulysses-lengths-causal", "moe_ragged", "gpipe"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import dense
@@ -97,6 +97,7 @@ def gpt_course(axes: dict[str, fcomm.Group], backend: fcomm.Backend) -> Tensor:
     return trained(loss, params, [(own(x), own(y)) for x, y in TEXT])
 
 
+@cache
 def dense_gpt_course() -> Tensor:
     return trained(partial(dense.gpt, model=SMALL), SMALL_PARAMS, TEXT)
 
@@ -158,6 +159,7 @@ def moe_course(ep: fcomm.Group, backend: fcomm.Backend, layer: Callable[..., Ten
     return trained(loss, params, [tuple(fcomm.shard(v, ep, backend) for v in batch) for batch in POINTS], rate=0.02)
 
 
+@cache
 def dense_moe_course() -> Tensor:
     def loss(p: Params, x: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy((x + dense.moe(x, p["router"], p["up"], p["down"])) @ p["out"].T, label)
@@ -223,6 +225,7 @@ def gpipe_course(pp: fcomm.Group, backend: fcomm.Backend) -> Tensor:
     return trained(loss, own_stage(pp.size, pp, backend), POINTS, rate=0.02)
 
 
+@cache
 def dense_pipeline_course(stages: int) -> Tensor:
     def loss(p: Params, x: Tensor, label: Tensor) -> Tensor:
         for weight in p["weight"]:

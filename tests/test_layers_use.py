@@ -188,7 +188,11 @@ def _block_parts(n: int) -> tuple[list[Tensor], list[Tensor]]:
     return [stack_parts(x, 1, n)], [stack_parts(p, d, n) for p, d in zip(params, dense.BLOCK.values(), strict=True)]
 
 
-def _module_on_rank(world: fcomm.Group, backend: str, compiled: bool) -> list[Tensor]:
+def _module_on_rank(world: fcomm.Group, backend: str) -> list[list[Tensor]]:
+    return [_trained_module(world, backend, compiled) for compiled in (False, True)]
+
+
+def _trained_module(world: fcomm.Group, backend: str, compiled: bool) -> list[Tensor]:
     (x,), params = _block_parts(world.size)
     own = {name: p[world.rank].clone() for name, p in zip(dense.BLOCK, params, strict=True)}
     module = ParallelBlock(own, world, getattr(fcomm, backend))
@@ -202,8 +206,8 @@ def _module_on_rank(world: fcomm.Group, backend: str, compiled: bool) -> list[Te
     return [module.params[name].detach() for name in dense.BLOCK]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_module_in_processes(compiled: bool) -> None:
+def test_a_module_in_processes() -> None:
+    """Eager and compiled, three steps of torch.optim."""
     x, *params = dense.CASES["transformer_block"].args(N)
     leaves = [p.clone().requires_grad_() for p in params]
     optimizer = torch.optim.SGD(leaves, lr=0.1)
@@ -211,9 +215,9 @@ def test_a_module_in_processes(compiled: bool) -> None:
         optimizer.zero_grad()
         dense.block(x, *leaves).square().sum().backward()
         optimizer.step()
-    ranks = fcomm.run(_module_on_rank, N, BACKENDS[0], compiled)
-    for i, (p, dim) in enumerate(zip(leaves, dense.BLOCK.values(), strict=True)):
-        torch.testing.assert_close(torch.stack([r[i] for r in ranks]), stack_parts(p.detach(), dim, N))
+    for ranks in zip(*fcomm.run(_module_on_rank, N, BACKENDS[0]), strict=True):
+        for i, (p, dim) in enumerate(zip(leaves, dense.BLOCK.values(), strict=True)):
+            torch.testing.assert_close(torch.stack([r[i] for r in ranks]), stack_parts(p.detach(), dim, N))
 
 
 # --- per-sample gradients -----------------------------------------------------------------------------------------
@@ -406,6 +410,6 @@ def _gathers_again(n: int, **handles: Any) -> list[str]:
     return [] if calls == wanted else [f"gather_parameters under checkpoint: {calls}, wanted {wanted}"]
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [3, pytest.param(2, marks=pytest.mark.long)])
 def test_bytes(n: int) -> None:
     run_ranks(_bytes_on_rank, n, "c10d")
