@@ -133,7 +133,8 @@ def scatter(x: Tensor, group: Group, backend: Backend, *, src: int = 0, dim: int
 
 
 def _scatter_spec(xs: list[Tensor], src: int, dim: int) -> list[Tensor]:
-    return list(xs[src].unflatten(dim, (len(xs), xs[src].shape[dim] // len(xs))).unbind(dim))
+    length = xs[src].shape[dim] // len(xs)
+    return [xs[src].narrow(dim, r * length, length) for r in range(len(xs))]
 
 
 def _scatter_shape(s: Sequence[int], group: Group, src: int, dim: int) -> tuple[int, ...]:
