@@ -1,0 +1,279 @@
+"""17 dtypes x 8 ops on torch.distributed, bitwise, or a typed error; and every strided view as its contiguous copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fcomm
+from fcomm import Group
+from fcomm.arithmetic import OPS, fold
+from fcomm.testing import run_ranks
+
+DTYPES = (
+    torch.bool,
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.complex64, torch.complex128),
+)
+OUT = Path(__file__).parent.parent / "out"
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bits of any dtype, to be compared: 0.0 is not -0.0, but all NaN are one: their sign is the vector width's."""
+    real = torch.view_as_real(x) if x.is_complex() else x
+    if real.is_floating_point():
+        wide = real.to(torch.float64)
+        real = torch.where(wide.isnan(), torch.nan, wide)
+    return real.contiguous().view(BITS[real.element_size()])
+
+
+def values(dtype: torch.dtype, rank: int) -> Tensor:
+    """Integers that wrap, floats with NaN and infinity on one rank, ties and signed zeros; 15 elements, an odd number.
+
+    Complex ones are finite: torch's own kernels differ, vectorised and not, in which part of a product becomes NaN.
+    """
+    generator = torch.Generator().manual_seed(rank)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return torch.randint(-(2**62), 2**62, (3, 5), generator=generator).to(dtype)
+    x = torch.randn(3, 5, generator=generator, dtype=torch.complex128 if dtype.is_complex else torch.float64)
+    x[0, :3] = torch.tensor([0.0, -0.0, 1.0])
+    if rank == 1 and not dtype.is_complex:
+        x[0, 3:] = torch.tensor([float("nan"), float("inf")])
+    return x.to(dtype)
+
+
+def same(x: Tensor, y: Tensor, op: str) -> bool:
+    if op == "prod" and x.is_complex():
+        # torch's product of complex numbers rounds by its place in the tensor: vectorised or not.
+        return torch.allclose(x, y, rtol=8 * torch.finfo(x.dtype).eps, atol=0)
+    return torch.equal(bits(x), bits(y))
+
+
+def matrix(world: Group) -> dict[str, str]:
+    cells = {}
+    n, rank = world.size, world.rank or 0
+    for dtype in DTYPES:
+        xs = [values(dtype, r) for r in range(n)]
+        for op in OPS:
+            cell = f"{str(dtype).removeprefix('torch.')} {op}"
+            try:
+                y = fcomm.all_reduce(xs[rank], world, fcomm.c10d, op=op)
+            except TypeError as error:
+                named = all(word in str(error) for word in ("all_reduce", f"'{op}'", str(dtype), "every backend"))
+                cells[cell] = f"TypeError: {error}" if named else f"wrong: error names too little: {error}"
+                continue
+            z = fcomm.reduce(xs[rank], world, fcomm.c10d, op=op, dst=n - 1)
+            expected = fold(xs, op)
+            off_root = expected if rank == n - 1 else torch.zeros_like(expected)
+            right = same(y, expected, op) and same(z, off_root, op)
+            if op not in ("band", "bor", "bxor"):
+                rows = [torch.stack([x] * n) for x in xs]
+                w = fcomm.reduce_scatter(rows[rank], world, fcomm.c10d, op=op, tiled=False)
+                right = right and same(w, expected, op)
+            cells[cell] = "right" if right and y.dtype == dtype else f"wrong: {y} is not {expected}"
+    return cells
+
+
+def write(cells: dict[str, str]) -> None:
+    OUT.mkdir(exist_ok=True)
+    right = sum(text == "right" for text in cells.values())
+    lines = [
+        f"{right} of {len(cells)} pairs of dtype and op are right on c10d (gloo alone has 59); the others raise.",
+        "",
+    ]
+    lines += ["| | " + " | ".join(OPS) + " |", "|---|" + ":-:|" * len(OPS)]
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        marks = ["✓" if cells[f"{name} {op}"] == "right" else "TypeError" for op in OPS]
+        lines.append(f"| {name} | " + " | ".join(marks) + " |")
+    (OUT / "dtypes.md").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_17_dtypes_by_8_ops_are_right_to_the_bit_or_raise_by_name(size: int) -> None:
+    results = run_ranks(matrix, size)
+    assert len(results[0]) == 17 * 8
+    wrong = [f"rank {r}: {cell}: {text}" for r, cells in enumerate(results) for cell, text in cells.items()]
+    wrong = [text for text in wrong if ": wrong" in text]
+    assert not wrong, "\n".join(wrong)
+    assert all(cells == results[0] for cells in results)
+    right = [cell for cell, text in results[0].items() if text == "right"]
+    # What raises: bits of floats (24), order of complex numbers (4), mean of bool (1).
+    assert len(right) == 17 * 8 - 29
+    write(results[0])
+
+
+def moved(world: Group) -> list[str]:
+    failures = []
+    n, rank = world.size, world.rank or 0
+    for dtype in DTYPES:
+        xs = [values(dtype, r)[: n * (3 // n)] for r in range(n)]
+        x = xs[rank]
+        results = {
+            "all_gather": (fcomm.all_gather(x, world, fcomm.c10d), torch.cat(xs)),
+            "broadcast": (fcomm.broadcast(x, world, fcomm.c10d, src=1), xs[1]),
+            "ppermute": (
+                fcomm.ppermute(x, world, fcomm.c10d, perm=[(0, 1)]),
+                xs[0] if rank == 1 else x.new_zeros(x.shape),
+            ),
+            "all_to_all": (fcomm.all_to_all(x, world, fcomm.c10d), torch.cat([y.chunk(n)[rank] for y in xs])),
+            "scatter": (fcomm.scatter(x, world, fcomm.c10d, src=1), xs[1].chunk(n)[rank]),
+        }
+        failures += [
+            f"{name} of {dtype}: {y} is not {expected}"
+            for name, (y, expected) in results.items()
+            if y.dtype != dtype or not torch.equal(bits(y), bits(expected))
+        ]
+    return failures
+
+
+def test_every_dtype_moves() -> None:
+    run_ranks(moved, 2)
+    run_ranks(moved, 3)
+
+
+# --- layouts ------------------------------------------------------------------------------------------------------
+
+
+def views(rank: int) -> dict[str, Tensor]:
+    """Views of four dimensions [4, 2, 2, 2] over memory that is not theirs alone."""
+    base = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    z = torch.randn(4, 2, 2, 2, generator=torch.Generator().manual_seed(rank + 9), dtype=torch.complex128)
+    return {
+        "contiguous": base[:, :2, :2, :2].clone(),
+        "narrowed": base[:, :2, :2, :2],
+        "storage offset": base.view(-1)[7:39].view(4, 2, 2, 2),
+        "transposed": base[:2, :2, :4, :2].transpose(0, 2),
+        "stepped": base[:, ::2, 1::2, ::3],
+        "expanded": base[:, :1, :1, :1].expand(4, 2, 2, 2),
+        "all expanded": base[0, 0, 0, 0].expand(4, 2, 2, 2),
+        "channels last": base[:, :2, :2, :2].contiguous(memory_format=torch.channels_last),
+        "overlapping": base.as_strided((4, 2, 2, 2), (1, 1, 1, 1), 3),
+        "flipped": base[:, :2, :2, :2].flip(0, 2),
+        "negative bit": z.conj().imag,
+        "imaginary part": z.imag,
+        "conjugate bit": z.conj(),
+        "conjugate bit, transposed": z.conj().transpose(1, 3),
+    }
+
+
+CALLS: dict[str, Any] = {
+    "all_reduce": fcomm.all_reduce,
+    "all_reduce prod": lambda x, g, b: fcomm.all_reduce(x, g, b, op="prod"),
+    "scan": fcomm.scan,
+    "all_gather": lambda x, g, b: fcomm.all_gather(x, g, b, dim=1),
+    "all_gather uneven": lambda x, g, b: fcomm.all_gather(x, g, b, sizes=[4] * g.size),
+    "reduce_scatter": lambda x, g, b: fcomm.reduce_scatter(x, g, b, dim=0),
+    "reduce_scatter untiled": lambda x, g, b: fcomm.reduce_scatter(x, g, b, dim=1, tiled=False),
+    "all_to_all": lambda x, g, b: fcomm.all_to_all(x, g, b, split_dim=0, concat_dim=2),
+    "all_to_all untiled": lambda x, g, b: fcomm.all_to_all(x, g, b, split_dim=2, concat_dim=1, tiled=False),
+    "ppermute": lambda x, g, b: fcomm.ppermute(x, g, b, perm=[(0, 1), (1, 0)]),
+    "broadcast": lambda x, g, b: fcomm.broadcast(x, g, b, src=1),
+    "reduce": lambda x, g, b: fcomm.reduce(x, g, b, dst=1),
+    "gather": lambda x, g, b: fcomm.gather(x, g, b, dim=3),
+    "scatter": lambda x, g, b: fcomm.scatter(x, g, b, dim=1),
+    "pvary": fcomm.pvary,
+    "all_reduce_invariant": fcomm.all_reduce_invariant,
+    "all_gather_invariant": fcomm.all_gather_invariant,
+    "shard": lambda x, g, b: fcomm.shard(x, g, b, dim=2),
+    "barrier": lambda x, g, b: fcomm.barrier(g, b, after=x),
+    "send and recv": lambda x, g, b: fcomm.recv(x, g, b, after=fcomm.send(x, g, b)),
+    "all_reduce_coalesced": lambda x, g, b: torch.cat(fcomm.all_reduce_coalesced([x, x[0]], g, b)[:1]),
+}
+
+
+def laid_out(world: Group) -> list[str]:
+    failures = []
+    for layout, x in views(world.rank or 0).items():
+        plain = x.resolve_conj().resolve_neg().contiguous().clone()
+        before = bits(plain).clone()
+        for name, call in CALLS.items():
+            y, expected = call(x, world, fcomm.c10d), call(plain, world, fcomm.c10d)
+            if not torch.equal(bits(y), bits(expected)) or not y.is_contiguous() or y.is_neg() or y.is_conj():
+                failures.append(f"{name} of {layout}: {y} is not {expected}")
+            if not torch.equal(bits(x.resolve_conj().resolve_neg()), before):
+                failures.append(f"{name} wrote into its {layout} argument")
+    for shape in ((), (0,), (0, 3), (4, 0)):
+        x = torch.ones(shape)
+        for name, y, expected in (
+            ("all_reduce", fcomm.all_reduce(x, world, fcomm.c10d), x * 2),
+            ("all_gather", fcomm.all_gather(x, world, fcomm.c10d, tiled=False), x.expand(2, *shape)),
+            ("broadcast", fcomm.broadcast(x, world, fcomm.c10d), x),
+            ("ppermute", fcomm.ppermute(x, world, fcomm.c10d, perm=[(0, 1), (1, 0)]), x),
+            ("send and recv", fcomm.recv(x, world, fcomm.c10d, after=fcomm.send(x, world, fcomm.c10d)), x),
+        ):
+            if y.shape != expected.shape or not torch.equal(y, expected):
+                failures.append(f"{name} of shape {shape}: {y}")
+    return failures
+
+
+def test_every_view_equals_its_contiguous_copy() -> None:
+    run_ranks(laid_out, 2)
+
+
+@st.composite
+def strided(draw: st.DrawFn) -> Tensor:
+    """Two ranks' values in one storage, with any strides: overlapping, expanded, permuted, offset."""
+    shape = (2, *draw(st.lists(st.sampled_from([0, 2, 4]), min_size=2, max_size=3)))
+    strides = draw(st.lists(st.integers(0, 7), min_size=len(shape), max_size=len(shape)))
+    offset = draw(st.integers(0, 5))
+    room = offset + sum(max(d - 1, 0) * s for d, s in zip(shape, strides, strict=True)) + 1
+    dtype = draw(st.sampled_from([torch.float32, torch.int16, torch.complex64]))
+    x = torch.arange(room).to(dtype).as_strided(shape, strides, offset)
+    if dtype.is_complex:
+        x = draw(st.sampled_from([x, x.conj(), (x * (1 + 2j)).conj().imag]))
+    return x
+
+
+@given(
+    strided(),
+    st.sampled_from(
+        sorted(
+            set(CALLS) - {"all_reduce_coalesced", "reduce_scatter untiled", "all_to_all untiled", "all_gather uneven"}
+        )
+    ),
+)
+@settings(max_examples=300, deadline=None, database=None)
+def test_random_views_on_a_simulated_axis(x: Tensor, name: str) -> None:
+    axis = fcomm.axis("i", 2)
+    dims = {"gather": 3, "all_to_all": 2, "shard": 2}
+    if x.dim() - 1 <= dims.get(name, 1):
+        return
+    plain = x.resolve_conj().resolve_neg().contiguous().clone()
+    y, expected = (fcomm.simulate(lambda x: CALLS[name](x, axis, fcomm.sim), axis)(v) for v in (x, plain))
+    assert torch.equal(y.resolve_conj().resolve_neg(), expected)
+
+
+# --- large --------------------------------------------------------------------------------------------------------
+
+
+def large(world: Group) -> list[str]:
+    count = 2**31 + 8
+    places = [0, 2**31 - 1, 2**31, count - 1]
+    rank = world.rank or 0
+    x = torch.full((count,), rank + 1, dtype=torch.uint8)
+    failures = []
+    for name, call, expected in (
+        ("all_reduce", lambda: fcomm.all_reduce(x, world, fcomm.c10d), 3),
+        ("broadcast", lambda: fcomm.broadcast(x, world, fcomm.c10d, src=1), 2),
+        ("ppermute", lambda: fcomm.ppermute(x, world, fcomm.c10d, perm=[(0, 1), (1, 0)]), 2 - rank),
+    ):
+        y = call()
+        got = [int(y[p]) for p in places]
+        if y.numel() != count or got != [expected] * 4:
+            failures.append(f"{name}: {y.numel()} elements, {got}")
+        del y
+    return failures
+
+
+@pytest.mark.long
+def test_more_than_2_to_the_31_elements() -> None:
+    run_ranks(large, 2, timeout_s=400)
