@@ -26,7 +26,6 @@ from torch.func import jvp, vjp, vmap
 
 import fcomm
 from fcomm.compat import lax
-from fcomm.testing import run_ranks
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
@@ -355,7 +354,7 @@ def test_simulated_programs_equal_jax(block: int) -> None:
 def test_programs_in_processes_equal_jax(size: int) -> None:
     random = Random(SEED * 1000 + 500 + size)
     programs = [p for p in (draw(random) for _ in range(8 * PROGRAMS)) if p.size == size][: max(PROGRAMS // 2, 1)]
-    ranks = run_ranks(run_programs, size, programs)
+    ranks = fcomm.run(run_programs, size, programs, timeout_s=300)
     failures = []
     for k, program in enumerate(programs):
         expected = with_jax(program, *inputs(program), use_shard_map=True)
