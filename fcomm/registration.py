@@ -445,3 +445,25 @@ def bound(key: str, index: Tensor | None) -> Iterator[None]:
 def is_bound(key: str) -> bool:
     """Whether an axis of that key is bound by an enclosing simulate."""
     return key in _INDEX
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def compiler_traces_derivatives() -> Iterator[None]:
+    """In the block torch.compile traces torch.autograd.grad, and a checkpoint of a function with a side effect.
+
+    Such a side effect is simulate's binding of its axis, which need not be repeated in backward.
+    """
+    # Private: both are off by default, and absent from older torch.
+    wanted = ("trace_autograd_ops", "skip_fwd_side_effects_in_bwd_under_checkpoint")
+    config = torch._dynamo.config
+    with config.patch({name: True for name in wanted if hasattr(config, name)}):
+        yield
+
+
+def compiler_counters() -> dict[str, Any]:
+    """torch.compile's own counts since they were cleared: ["graph_break"] by reason, ["stats"]["unique_graphs"]."""
+    # Private: the only place where torch counts breaks and graphs.
+    return torch._dynamo.utils.counters

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fcomm.registration import compiler_counters
+
 Params = Mapping[str, Tensor]
 Loss = Callable[[Params, Tensor, Tensor], Tensor]
 # {"params": .., "mean": .., "square": ..}, each a value per parameter, and "step".
@@ -68,8 +70,7 @@ def train(
 ) -> Run:
     """Compile the step and run it; report(number of the step, its loss) after each one."""
     torch.compiler.reset()
-    # Private, and the only place where torch counts breaks and graphs.
-    counters = torch._dynamo.utils.counters
+    counters = compiler_counters()
     counters.clear()
     run, compiled = Run(), torch.compile(step, fullgraph=True, backend=compiler)
     for number in range(1, steps + 1):

@@ -15,7 +15,7 @@ from fcomm.backends.stacked import sim
 from fcomm.group import BACKENDS, Backend, Group, axis
 from fcomm.launch import run
 from fcomm.record import Record
-from fcomm.registration import RECORDS, apply
+from fcomm.registration import RECORDS, apply, compiler_traces_derivatives
 from fcomm.simulate import simulate
 from fcomm.testing.transforms import TRANSFORMS, Meaning
 
@@ -209,17 +209,7 @@ def _compiled(fn: Callable[..., Any], compiler: str | None) -> Callable[..., Any
     if compiler is None:
         return fn
     torch.compiler.reset()
-    compiled = torch.compile(fn, fullgraph=True, backend=compiler)
-    # Off by default, and absent from older torch: torch.autograd.grad inside a compiled function, and a checkpoint of
-    # a function with a side effect, which simulate's binding of its axis is (it need not be repeated in backward).
-    wanted = ("trace_autograd_ops", "skip_fwd_side_effects_in_bwd_under_checkpoint")
-    config = torch._dynamo.config
-
-    def run(*args: Any) -> Any:
-        with config.patch({name: True for name in wanted if hasattr(config, name)}):
-            return compiled(*args)
-
-    return run
+    return compiler_traces_derivatives()(torch.compile(fn, fullgraph=True, backend=compiler))
 
 
 # --- a collective of one's own ------------------------------------------------------------------------------------
