@@ -243,7 +243,7 @@ def test_per_sample_gradients_simulated() -> None:
 
 def _per_sample_on_rank(world: fcomm.Group, backend: str) -> Any:
     (x, _, _), (ups, downs) = mlp_args()
-    return [tuple(_per_sample(ups[world.rank], downs[world.rank], x, world, getattr(fcomm, backend)))]
+    return _per_sample(ups[world.rank], downs[world.rank], x, world, getattr(fcomm, backend))
 
 
 def _hessian_on_rank(world: fcomm.Group, backend: str) -> Any:
@@ -253,17 +253,80 @@ def _hessian_on_rank(world: fcomm.Group, backend: str) -> Any:
     return hessian(lambda x: layers.mlp(x, ups[world.rank], None, downs[world.rank], None, *handles).square().mean())(x)
 
 
-def _small_on_rank(world: fcomm.Group, backend: str) -> Any:
-    return _per_sample_on_rank(world, backend)[0], _hessian_on_rank(world, backend)
-
-
-def test_per_sample_gradients_and_hessian_in_processes() -> None:
+def _uneven_on_rank(world: fcomm.Group, backend: str) -> list[Tensor]:
+    """Three hidden features on rank 0, one on rank 1: each rank's gradients, cut as its weights are."""
     (x, up, down), _ = mlp_args()
-    ranks = fcomm.run(_small_on_rank, N, BACKENDS[0])
+    own = slice(0, 3) if world.rank == 0 else slice(3, 4)
+    handles = (world, getattr(fcomm, backend))
+
+    def loss(up: Tensor, down: Tensor) -> Tensor:
+        return layers.mlp(x, up, None, down, None, *handles).square().mean()
+
+    return list(grad(loss, argnums=(0, 1))(up[own], down[:, own]))
+
+
+def _counts_on_rank(world: fcomm.Group, backend: str) -> list[list[Tensor]]:
+    """A training step whose messages are sized by the host, and one whose sizes stay on the device."""
+    handles = (world, getattr(fcomm, backend))
+    rows = [x[world.rank] for x in dense.expected(dense.CASES["moe_ragged"], world.size).args]
+    results = []
+    for on_host in (True, False):
+        x, router, up, down = (v.clone().requires_grad_() for v in rows)
+        weight, expert = layers.route(x, router, *handles, k=dense.CHOICES)
+        if on_host:
+            counts = layers.expert_counts(expert, router.shape[0], *handles).tolist()
+            y = layers.moe_uneven(x, weight, expert, up, down, *handles, counts=counts)
+        else:
+            y = layers.moe_ragged(x, weight, expert, up, down, *handles)
+        y.square().sum().backward()
+        results.append([v.grad for v in (x, router, up, down)])
+    return results
+
+
+def _small_on_rank(world: fcomm.Group, backend: str) -> Any:
+    programs = (_per_sample_on_rank, _hessian_on_rank, _uneven_on_rank, _counts_on_rank)
+    return [program(world, backend) for program in programs]
+
+
+def test_small_programs_in_processes() -> None:
+    (x, up, down), _ = mlp_args()
+    per_sample, second, uneven, counts = zip(*fcomm.run(_small_on_rank, N, BACKENDS[0]), strict=True)
     for i, wanted in enumerate(_wanted_per_sample(x, up, down)):
-        torch.testing.assert_close(torch.stack([r[0][i] for r in ranks]), wanted, rtol=1e-10, atol=1e-10)
-    for _, got in ranks:
+        torch.testing.assert_close(torch.stack([r[i] for r in per_sample]), wanted, rtol=1e-10, atol=1e-10)
+    for got in second:
         torch.testing.assert_close(got, hessian(dense_loss)(x, up, down), rtol=1e-9, atol=1e-9)
+    wanted_up, wanted_down = grad(dense_loss, argnums=(1, 2))(x, up, down)
+    torch.testing.assert_close(torch.cat([r[0] for r in uneven]), wanted_up, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat([r[1] for r in uneven], 1), wanted_down, rtol=1e-10, atol=1e-10)
+    for on_host, on_device in counts:
+        torch.testing.assert_close(on_host, on_device, rtol=1e-10, atol=1e-10)
+
+
+def test_expert_counts() -> None:
+    ep = fcomm.axis("ep", 3)
+    x, router, *_ = dense.CASES["moe_ragged"].args(3)
+
+    def one_rank(x: Tensor) -> Tensor:
+        _, expert = layers.route(x, router, ep, fcomm.sim, k=dense.CHOICES)
+        return layers.expert_counts(expert, router.shape[0], ep, fcomm.sim)
+
+    for got in fcomm.simulate(one_rank, ep)(stack_parts(x, 0, 3)):
+        assert got.tolist() == dense.COUNTS[3]
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_errors_name_the_remedy() -> None:
+    q = draw(1, 3, 2, 2, seed=1)
+    with pytest.raises(fcomm.FcommError, match=r"zigzag=True with 3 positions .* pad, or pass zigzag=False"):
+        layers.ring_attention(q, q, q, TP, fcomm.sim, causal=True, zigzag=True)
+    with pytest.raises(fcomm.FcommError, match=r"sizes is \[3, 0\] .* a length >= 1 for each rank"):
+        layers.ring_attention(q, q, q, TP, fcomm.sim, sizes=[3, 0])
+    with pytest.raises(fcomm.FcommError, match="length is 6, not divisible into 2n = 4 blocks; pad it"):
+        layers.zigzag_order(6, 2)
+    with pytest.raises(fcomm.FcommError, match="'tp' is no group of processes of which this is one; use gpipe"):
+        layers.one_f_one_b(lambda p, x: x, lambda y, m: y.sum(), {}, q, TP, fcomm.sim)
 
 
 # --- attention against torch's own --------------------------------------------------------------------------------

@@ -100,7 +100,8 @@ def moe_ragged(
     """Every token reaches its experts; sizes stay on the device, so there is no host synchronisation here.
 
     (A backend without a ragged exchange of its own does one inside ragged_all_to_all.)
-    rows: how many rows this rank has room for; left out, the n k T that can come at worst. More than fit is an error.
+    rows: how many rows this rank has room for; left out, the n k T that can come at worst. More than fit is an error in
+    processes; simulated ranks, which cannot raise for data, lose them.
     experts: the local experts, by default masked_experts. Traffic: k T D elements each way; besides, counts and places
     of n or E integers.
     """

@@ -26,7 +26,7 @@ gradient is the sum over the ranks; in the first way all ranks compute the one g
 gradient is ever scaled by n. The counts are those of Korthikanti et al., "Reducing Activation Recomputation in Large
 Transformer Models".
 
-Parts need not be equal: on processes a rank may hold any share of F, H and V (simulated ranks have one shape).
+Parts of F and H need not be equal: in processes a rank may hold any share (simulated ranks have one shape).
 """
 
 from __future__ import annotations
