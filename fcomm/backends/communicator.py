@@ -18,7 +18,7 @@ import torch
 
 from fcomm.backends import ccall
 from fcomm.backends.ccall import Library
-from fcomm.backends.failure import SLICE_S, give_up, look_around, raise_failure
+from fcomm.backends.failure import SLICE_S, STORE_S, give_up, limited, look_around, raise_failure
 from fcomm.backends.later import finish_sending, forget, watch
 from fcomm.backends.machine import (
     Channel,
@@ -75,6 +75,8 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
                     _open(on, op, channel, library, deadline)
                 _run(on, op, channel, library, fn, deadline)
         except BaseException as error:
+            if channel.ended and on.failure is None:
+                raise  # a message that nobody takes, while the group is closed: nothing has failed
             found = give_up(on, op, library, error)
             if found is error:
                 raise
@@ -87,9 +89,9 @@ def _run(on: Team, op: str, channel: Channel, library: Library, fn: Callable[[Co
     comm = Comm(library, channel.handle, stream_of(on.device), rank, size, on.device)
 
     def calls() -> None:
-        ccall.check(library, on.machine.poll(library, channel.handle), "an earlier call")
+        ccall.check(library, on.poll(library, channel), "an earlier call")
         fn(comm)
-        _settle(on, op, channel.handle, library, deadline)
+        _settle(on, op, channel, library, deadline)
 
     if on.device.type == "cpu":
         _bounded(on, op, channel, calls, deadline)
@@ -98,10 +100,10 @@ def _run(on: Team, op: str, channel: Channel, library: Library, fn: Callable[[Co
         calls()
 
 
-def _settle(on: Team, op: str, handle: ctypes.c_void_p, library: Library, deadline: float) -> None:
+def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: float) -> None:
     """Wait until the library has taken what was called: non-blocking communicators return before."""
     pause, looked = 2e-5, time.monotonic()
-    while (code := on.machine.poll(library, handle)) in library.codes.pending:
+    while (code := on.poll(library, channel)) in library.codes.pending:
         now = time.monotonic()
         if now - looked > SLICE_S or now > deadline:
             look_around(on, op, deadline)
@@ -138,7 +140,7 @@ def _open(on: Team, op: str, channel: Channel, library: Library, deadline: float
     def connect() -> None:
         with current(on.device):
             on.machine.connect(library, channel.handle, size, uid, rank)
-            _settle(on, op, channel.handle, library, deadline)
+            _settle(on, op, channel, library, deadline)
 
     _bounded(on, op, channel, connect, deadline)
     channel.ready = True
@@ -194,6 +196,9 @@ def _close(on: Team) -> None:
     Raises the first error of a send or of a communicator's end; a team that failed before closes in silence.
     """
     told, deadline = on.told, time.monotonic() + on.live.timeout_s
+    if on.edges:
+        # Senders wait for their receivers, but not for one that is here.
+        limited(lambda: on.write(f"closing/{on.rank}", b"1"), STORE_S)
     problem = finish_sending(on, deadline)
     forget(on)
     for channel in on.channels():
@@ -211,7 +216,7 @@ def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None
 
     def finish() -> None:
         with current(on.device):
-            on.machine.finish(library, handle, lambda: _settle(on, "close", handle, library, deadline))
+            on.machine.finish(library, handle, lambda: _settle(on, "close", channel, library, deadline))
 
     try:
         with current(on.device):

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 SLICE_S = 0.1  # how often a long wait looks for another rank's failure
 _ANSWER_S = 0.4  # how long a rank may take to notice a failure before it counts as absent
-_STORE_S = 2.0  # the store may be what failed
+STORE_S = 2.0  # the store may be what failed
 _ABORT_S = {"cpu": 0.5}  # an abort that takes longer goes on alone
 _ABORT_ON_DEVICE_S = 5.0  # there it waits for kernels that write into tensors
 
@@ -71,7 +71,11 @@ def give_up(on: Team, op: str, library: Library, error: BaseException) -> BaseEx
 
 def abort(on: Team, library: Library, channel: Channel) -> None:
     """End a communicator without its peers, and whatever call is inside it."""
-    handle, channel.handle, channel.ready = channel.handle, ctypes.c_void_p(), False
+    # Without the lock, if the library holds it in a call that does not return.
+    held = channel.polling.acquire(timeout=0.2)
+    handle, channel.handle, channel.ready, channel.ended = channel.handle, ctypes.c_void_p(), False, True
+    if held:
+        channel.polling.release()
     if handle.value:
         limit_s = _ABORT_S.get(on.device.type, _ABORT_ON_DEVICE_S)
 
@@ -105,12 +109,12 @@ def _agreed(on: Team, op: str, error: FcommError) -> FcommError:
     """The error that all ranks raise for this failure: that of the first report."""
     code = _TIMEOUT if type(error) is CollectiveTimeoutError else getattr(error, "code", _OTHER)
     # The report before the abort: peers notice an abort at once, and then look for the reason.
-    said = limited(lambda: _report(on, code, str(error)), _STORE_S)
+    said = limited(lambda: _report(on, code, str(error)), STORE_S)
     if said is not None:
         rank, code, text = said
         error = error if rank == on.rank else _error_of(on, rank, code, text)
     late = isinstance(error, CollectiveTimeoutError | PeerDiedError)
-    culprits = limited(lambda: _culprits(on, late, said), _STORE_S) or ()
+    culprits = limited(lambda: _culprits(on, late, said), STORE_S) or ()
     absent = f"; ranks {list(culprits)} have not answered: look at their logs" if late and culprits else ""
     return _located(error, op, on, f"{on.where(op)}: {error}{absent}", culprits)
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 
 import torch
 from torch import Tensor
 
 from fcomm.backends import ccall
-from fcomm.backends.failure import give_up, look_around, raise_failure
-from fcomm.backends.machine import Team, current, is_capturing, start_worker
+from fcomm.backends.failure import SLICE_S, abort, give_up, look_around, raise_failure
+from fcomm.backends.machine import LOG, Team, current, is_capturing, start_worker
 from fcomm.errors import CollectiveTimeoutError, FcommError
+
+_FAREWELL_S = 0.5  # a message that was received is known to be within this time
 
 # --- sends --------------------------------------------------------------------------------------------------------
 
@@ -49,22 +53,50 @@ def send_later(on: Team, x: Tensor, dst: int, call: Callable[[], None]) -> None:
             on.told = False  # nobody waits for this thread: the next call on the group raises it
             raise
 
-    while on.sending and on.sending[0].done():
-        on.sending.popleft().result()
-    on.sending.append(on.senders[dst].submit(task))
+    while on.sending and on.sending[0][1].done():
+        on.sending.popleft()[1].result()
+    on.sending.append((dst, on.senders[dst].submit(task)))
 
 
 def finish_sending(on: Team, deadline: float) -> BaseException | None:
-    """Wait until every message was taken; what went wrong."""
+    """Wait until every message was taken, or its receiver closes the group too and will not take it; what went wrong.
+
+    A program may send what nobody receives: a checkpoint stops its second forward as soon as it has what it needs.
+    """
     problem: BaseException | None = None
     while on.sending:
+        dst, sent = on.sending.popleft()
         try:
-            on.sending.popleft().result(max(0.0, deadline - time.monotonic()) + 1.0)
-        except (FcommError, NotYet) as error:
+            if not _was_taken(on, dst, sent, deadline):
+                LOG.warning("%s: rank %d has closed without receiving a message", on.where("send"), dst)
+                abort(on, on.machine.library(), on.edges[on.rank, dst])
+                on.sending = deque((to, other) for to, other in on.sending if to != dst)
+        except FcommError as error:
             problem = problem or error
     for worker in on.senders.values():
         worker.stop()
     return problem
+
+
+def _was_taken(on: Team, dst: int, sent: Future[None], deadline: float) -> bool:
+    closed = False
+    while True:
+        try:
+            sent.result(_FAREWELL_S if closed else SLICE_S)
+            return True
+        except NotYet:
+            if sent.done():
+                sent.result()
+            if closed or time.monotonic() > deadline:
+                return False
+            closed = on.failure is not None or _has_closed(on, dst)
+
+
+def _has_closed(on: Team, rank: int) -> bool:
+    try:
+        return on.read(f"closing/{rank}") is not None
+    except RuntimeError:
+        return True  # the store has gone, and with it the process that served it
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
@@ -122,7 +154,7 @@ def look_at_pending(on: Team) -> None:
         try:
             for channel in on.channels():
                 if channel.ready:
-                    code = on.machine.poll(library, channel.handle)
+                    code = on.poll(library, channel)
                     ccall.check(library, code, f"{op}, asynchronously,")
             look_around(on, op, max(deadline, time.monotonic() + 1))
             if time.monotonic() > deadline:

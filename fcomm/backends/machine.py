@@ -125,13 +125,17 @@ class Channel:
     """A communicator of some ranks of a group, opened at its first call.
 
     members: ranks within the group; the first makes the unique id.
+    ended: it was aborted. polling: held while the library is asked about the handle, and to end it: after an abort the
+    handle is no longer memory of the library's, and a thread that polls must not ask again.
     """
 
     key: str
     members: tuple[int, ...]
     handle: ctypes.c_void_p = field(default_factory=ctypes.c_void_p)
     ready: bool = False
+    ended: bool = False
     worker: Worker | None = None
+    polling: threading.Lock = field(default_factory=threading.Lock)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -141,7 +145,8 @@ class Team:
 
     main: the communicator of all ranks.  edges: one more for each edge that send and recv use, (from, to).
     failure: what ended it; told: whether a caller has seen that error.
-    sending: sends on their way.  pending: (event, deadline, collective) of what the device has not finished.
+    sending: (destination, send) of what is on its way.
+    pending: (event, deadline, collective) of what the device has not finished.
     """
 
     machine: Machine
@@ -151,7 +156,7 @@ class Team:
     main: Channel
     edges: dict[tuple[int, int], Channel] = field(default_factory=dict)
     senders: dict[int, Worker] = field(default_factory=dict)
-    sending: deque[Future[None]] = field(default_factory=deque)
+    sending: deque[tuple[int, Future[None]]] = field(default_factory=deque)
     pending: deque[tuple[Any, float, str]] = field(default_factory=deque)
     failure: FcommError | None = None
     told: bool = False
@@ -164,6 +169,13 @@ class Team:
     def channels(self) -> list[Channel]:
         """Edges first, in an order that all ranks share."""
         return [*(self.edges[edge] for edge in sorted(self.edges)), self.main]
+
+    def poll(self, library: Library, channel: Channel) -> int:
+        """The library's asynchronous status of a communicator."""
+        with channel.polling:
+            if channel.ended:
+                raise FcommError("the communicator was aborted")
+            return self.machine.poll(library, channel.handle)
 
     def where(self, op: str) -> str:
         """What an error's text starts with."""
