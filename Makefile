@@ -33,6 +33,16 @@ test-jax: .venv/ready
 	$(BIN)/pip install --quiet --editable ".[test,jax]"
 	$(BIN)/python -m pytest tests/test_jax.py
 
+# the shared-memory engine, rebuilt in place; a failure is an error here, where pip goes on without it
+native: .venv/ready
+	rm -f fcomm/_native*.so
+	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/python -c "import fcomm._native"
+
+# the engine's own tests under AddressSanitizer, UndefinedBehaviourSanitizer and ThreadSanitizer
+sanitize: .venv/ready
+	$(BIN)/python -m pytest tests/test_engine_native.py -k sanitizer
+
 # torch is pinned: a looser range would fetch a build with CUDA, which is gigabytes.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
