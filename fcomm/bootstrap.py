@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import re
-import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -107,7 +106,7 @@ def join(place: Place, prefix: str, name: str, timeout_s: float) -> tuple[dist.S
     Raises RendezvousError naming the missing, duplicate or disagreeing ranks.
     """
     deadline = time.monotonic() + timeout_s
-    claim = f"{place.size} {processes.identity()} {socket.gethostname()} {secrets.token_hex(8)}"
+    claim = f"{place.size} {processes.identity()} {socket.gethostname()} {os.urandom(8).hex()}"
     while True:
         store = dist.PrefixStore(prefix, _connect(place, max(0.01, deadline - time.monotonic()), timeout_s))
         try:
