@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import fcomm
-from fcomm.compat import funcol
+from fcomm.compat import funcol, megatron
 from fcomm.testing import run_ranks
 
 NAMES = [
@@ -115,6 +115,12 @@ def every_kind_of_group(world: fcomm.Group) -> None:
         check(results, members)
     for k in (0, 1, 6):  # as an argument of the compiled function
         check(torch.compile(program, fullgraph=True, backend="aot_eager")(x, kinds[k][0]), kinds[k][1])
+
+    for group, members in kinds[:2]:  # Megatron's functions take them too, at the place of its group
+        reduce = megatron.reduce_from_tensor_model_parallel_region
+        expected = torch.stack([rows[r] for r in members]).sum(0)
+        close(reduce(x, group), expected)
+        close(torch.compile(reduce, fullgraph=True, backend="aot_eager")(x, group), expected)
 
     with pytest.raises(fcomm.FcommError, match="of 2 dimensions; pass"):
         funcol.all_reduce(x, "sum", grid)
