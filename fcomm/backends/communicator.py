@@ -86,7 +86,7 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
 
 def _run(on: Team, op: str, channel: Channel, library: Library, fn: Callable[[Comm], None], deadline: float) -> None:
     rank, size = channel.members.index(on.rank), len(channel.members)
-    comm = Comm(library, channel.handle, stream_of(on.device), rank, size, on.device)
+    comm = Comm(library, channel.handle, stream_of(on.device), rank, size)
 
     def calls() -> None:
         ccall.check(library, on.poll(library, channel), "an earlier call")

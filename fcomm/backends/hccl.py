@@ -400,12 +400,11 @@ def _recv(c: Comm, y: Tensor, peer: int) -> None:
     c.library.call("HcclRecv", y.data_ptr(), y.numel(), DTYPES[y.dtype], peer, c.handle, c.stream)
 
 
-def _barrier(c: Comm) -> None:
+def _barrier(c: Comm, flags: Tensor) -> None:
     if "HcclBarrier" in c.library:
         c.library.call("HcclBarrier", c.handle, c.stream)
     else:
-        x = torch.zeros(2, device=c.device)
-        _all_reduce(c, x[:1], x[1:], "sum")
+        _all_reduce(c, flags[:1], flags[1:], "sum")
 
 
 # --- backend ------------------------------------------------------------------------------------------------------

@@ -342,7 +342,8 @@ def _recv(m: Machine, after: Tensor, like: Tensor, group: Group, *, src: int) ->
 
 
 def _barrier(m: Machine, x: Tensor, group: Group) -> Tensor:
-    _call(m, "barrier", x, group, m.barrier)
+    flags = torch.zeros(2, device=x.device)
+    _call(m, "barrier", x, group, lambda c: m.barrier(c, flags))
     synchronize(x.device)
     return x.clone()
 

@@ -42,7 +42,6 @@ class Comm:
     stream: int
     rank: int
     size: int
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,9 @@ class Machine:
     scatter: Callable[[Comm, Tensor, Tensor, int], None]
     send: Callable[[Comm, Tensor, int], None]
     recv: Callable[[Comm, Tensor, int], None]
-    barrier: Callable[[Comm], None]
+    # barrier(comm, flags): two elements, for a library that has none. No native keeps its temporaries until a
+    # communicator that does not block has used them, so callers own all memory.
+    barrier: Callable[[Comm, Tensor], None]
 
 
 @dataclass

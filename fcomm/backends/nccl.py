@@ -375,10 +375,9 @@ def _recv(c: Comm, y: Tensor, peer: int) -> None:
     c.library.call("ncclRecv", y.data_ptr(), y.numel(), DTYPES[y.dtype], peer, c.handle, c.stream)
 
 
-def _barrier(c: Comm) -> None:
+def _barrier(c: Comm, flags: Tensor) -> None:
     # NCCL has no barrier; the stream passes a sum of one element when all ranks have reached it.
-    x = torch.zeros(2, device=c.device)
-    _all_reduce(c, x[:1], x[1:], "sum")
+    _all_reduce(c, flags[:1], flags[1:], "sum")
 
 
 # --- backend ------------------------------------------------------------------------------------------------------
