@@ -15,9 +15,11 @@ it is silently zero. notes/0002-autograd-kernel.md has the measurements.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,8 +192,11 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
         named = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
     lowering = backend.lowerings.get(record.name)
     if lowering is not None:
-        if len(tensors) == 1:
-            return lowering(_ready(tensors[0]), group, **named)
+        if len(tensors) == 1:  # unrolled: a generator or a call more would show in what a small collective costs
+            (x,) = tensors
+            if not x.is_contiguous() or x.is_conj() or x.is_neg():
+                x = _ready(x)
+            return lowering(x, group, **named)
         return lowering(*map(_ready, tensors), group, **named)
     if record.compose is not None:
         return record.compose(*tensors, group, backend, **named)  # type: ignore[no-any-return]
@@ -202,8 +207,6 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
 
 
 def _ready(x: Tensor) -> Tensor:
-    if x.is_contiguous() and not x.is_conj() and not x.is_neg():
-        return x
     return x.resolve_conj().resolve_neg().contiguous()
 
 
@@ -218,13 +221,52 @@ def _alone(record: Record, tensors: Sequence[Tensor], params: Sequence[Any]) -> 
 
 
 def _lowering_kernel(record: Record) -> Rule:
-    count = len(record.tensors)
+    name, count = record.name, len(record.tensors)
 
     def lowering_kernel(*args: Any) -> Tensor:
-        *params, group_key, backend_name = args[count + 1 :]
-        return _lower(record, args[:count], _group(record.name, group_key), _backend(record.name, backend_name), params)
+        group = GROUPS.get(args[-2]) or _group(name, args[-2])
+        backend = BACKENDS.get(args[-1]) or _backend(name, args[-1])
+        return _lower(record, args[:count], group, backend, args[count + 1 : -2])
 
-    return lowering_kernel
+    # What calls with the same static arguments found before: a compiled graph makes the same few again and again.
+    found: dict[tuple[Any, ...], tuple[Group, Backend, Rule]] = {}
+    _FOUND.append(found)
+
+    def lowering_kernel_of_one(*args: Any) -> Tensor:
+        group, backend, call = found.get(args[1:], _NOTHING)
+        if GROUPS.get(args[-2]) is not group or BACKENDS.get(args[-1]) is not backend:
+            return first_call(*args)
+        x = args[0]
+        if not x.is_contiguous() or x.is_conj() or x.is_neg():
+            x = _ready(x)
+        return call(x, group)  # type: ignore[no-any-return]
+
+    def first_call(*args: Any) -> Tensor:
+        y = lowering_kernel(*args)  # raises where the group cannot be used
+        group, backend = GROUPS[args[-2]], BACKENDS[args[-1]]
+        lowering = backend.lowerings.get(name)
+        if lowering is not None and len(group.ranks) > 1 and args[1] is None:
+            if len(found) >= _MOST_FOUND:
+                found.clear()
+            call = partial(lowering, **dict(zip(record.params, args[2:-2], strict=True)))
+            found[args[1:]] = group, backend, call
+        return y
+
+    return lowering_kernel_of_one if count == 1 and not record.has_lists else lowering_kernel
+
+
+_NOTHING: tuple[Any, Any, Any] = (object(), None, None)
+_MOST_FOUND = 1000
+_FOUND: list[dict[tuple[Any, ...], tuple[Group, Backend, Rule]]] = []
+
+
+def _forget_all() -> None:
+    # A forked child's groups are its parent's; live() says so, in first_call.
+    for found in _FOUND:
+        found.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 def _group(name: str, key: str) -> Group:

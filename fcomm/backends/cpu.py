@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcomm.arithmetic import FLOAT8
 from fcomm.backends.c10d import c10d
 from fcomm.backends.pool import POOLED_NBYTES, native, pooled, why_no_native
 from fcomm.backends.shm_failure import INVALID, MISMATCH, SYSTEM, failure, poisoned
@@ -105,6 +104,7 @@ _DTYPES = (
     torch.float8_e4m3fn, torch.float8_e5m2,
 )  # fmt: skip
 _CODES = {dtype: (code, dtype.itemsize) for code, dtype in enumerate(_DTYPES)}
+_FLOAT8 = _CODES[torch.float8_e4m3fn][0]  # and what follows it
 _OPS = {op: code for code, op in enumerate(("sum", "mean", "max", "min", "prod", "band", "bor", "bxor"))}
 
 
@@ -143,28 +143,37 @@ def _widened(call: Callable[..., Called], x: Tensor, group: Group, handle: Any, 
     return status, y.to(x.dtype)
 
 
-def _all_reduce(x: Tensor, group: Group, handle: Any, *, op: str, narrow: int = 0) -> Called:
-    if x.dtype in FLOAT8:
-        return _widened(_all_reduce, x, group, handle, op=op)
+def _all_reduce(x: Tensor, group: Group, *, op: str, narrow: int = 0) -> Tensor:
+    # The whole lowering: small ones cost what their call costs, and a function more would be a tenth of it.
+    c = _OPEN.get(group.name)
+    if c is None or c.group is not group:
+        c = _communicator(group)
+    if c.handle is None:
+        return c10d.lowerings["all_reduce"](x, group, op=op)
     code, width = _CODES[x.dtype]
+    if code >= _FLOAT8:
+        return _all_reduce(x.float(), group, op=op, narrow=code).to(x.dtype)
     count = x.numel()
     y = torch.empty_like(x) if count * width < POOLED_NBYTES else pooled(x.shape, x)
-    return native.all_reduce(x.data_ptr(), y.data_ptr(), count, code, _OPS[op], hash(x.shape) ^ narrow, handle), y
+    status = native.all_reduce(x.data_ptr(), y.data_ptr(), count, code, _OPS[op], hash(x.shape) ^ narrow, c.handle)
+    if status:
+        raise _error(status, "all_reduce", x, c, {"op": op})
+    return y
 
 
 def _scan(x: Tensor, group: Group, handle: Any, *, op: str, exclusive: bool, reverse: bool, narrow: int = 0) -> Called:
-    if x.dtype in FLOAT8:
-        return _widened(_scan, x, group, handle, op=op, exclusive=exclusive, reverse=reverse)
     code, width = _CODES[x.dtype]
+    if code >= _FLOAT8:
+        return _widened(_scan, x, group, handle, op=op, exclusive=exclusive, reverse=reverse)
     y = _new(x.shape, x, width)
     pointers = x.data_ptr(), y.data_ptr()
     return native.scan(*pointers, x.numel(), code, _OPS[op], exclusive, reverse, hash(x.shape) ^ narrow, handle), y
 
 
 def _reduce(x: Tensor, group: Group, handle: Any, *, dst: int, op: str, narrow: int = 0) -> Called:
-    if x.dtype in FLOAT8:
-        return _widened(_reduce, x, group, handle, dst=dst, op=op)
     code, width = _CODES[x.dtype]
+    if code >= _FLOAT8:
+        return _widened(_reduce, x, group, handle, dst=dst, op=op)
     y = _new(x.shape, x, width) if group.rank == dst else torch.zeros_like(x)
     pointers = x.data_ptr(), y.data_ptr()
     return native.reduce(*pointers, x.numel(), code, _OPS[op], dst, hash(x.shape) ^ narrow, handle), y
@@ -181,9 +190,9 @@ def _reduce_scatter(
     sizes: Sequence[int] | None,
     narrow: int = 0,
 ) -> Called:
-    if x.dtype in FLOAT8:
-        return _widened(_reduce_scatter, x, group, handle, dim=dim, op=op, tiled=tiled, sizes=sizes)
     code, width = _CODES[x.dtype]
+    if code >= _FLOAT8:
+        return _widened(_reduce_scatter, x, group, handle, dim=dim, op=op, tiled=tiled, sizes=sizes)
     if sizes is None:
         blocks: Any = _blocks(x.shape, dim, width, group.size)
         shape = _with(x.shape, dim, x.shape[dim] // group.size) if tiled else (*x.shape[:dim], *x.shape[dim + 1 :])
@@ -305,7 +314,6 @@ def _barrier(x: Tensor, group: Group, handle: Any) -> Called:
 
 
 _CALLS: dict[str, Callable[..., Called]] = {
-    "all_reduce": _all_reduce,
     "scan": _scan,
     "reduce": _reduce,
     "reduce_scatter": _reduce_scatter,
@@ -319,5 +327,13 @@ _CALLS: dict[str, Callable[..., Called]] = {
     "barrier": _barrier,
 }
 cpu = register_backend(
-    Backend("cpu", ("cpu",), {**{name: _lowering(name, call) for name, call in _CALLS.items()}, "recv": _recv})
+    Backend(
+        "cpu",
+        ("cpu",),
+        {
+            "all_reduce": _all_reduce,
+            **{name: _lowering(name, call) for name, call in _CALLS.items()},
+            "recv": _recv,
+        },
+    )
 )
