@@ -2,32 +2,99 @@
 
 from __future__ import annotations
 
-import traceback
+from collections.abc import Callable
 
 import pytest
+import torch
 from cases import CASES
+from matrix import COLLECTIVES, record
+from torch import Tensor
 
 import fcomm
+from fcomm import Group
 from fcomm.testing import TRANSFORMS, check_case, run_ranks
 
-
-def check(world: fcomm.Group, ids: list[str], transforms: tuple[str, ...], compiler: str | None = None) -> list[str]:
-    failures = []
-    for id in ids:
-        for transform in transforms:
-            try:
-                failures += check_case(CASES[id], fcomm.c10d, world, [transform], compiler=compiler)
-            except fcomm.FcommError:
-                raise  # the group is out of step: what follows would fail too
-            except Exception:
-                failures.append(f"{id}: {transform}: {traceback.format_exc()}")
-    return failures
+Record = Callable[[str, object], None]
+ALL = tuple(TRANSFORMS)
+FIRST = tuple(next(case.id for case in CASES.values() if case.name == name) for name in COLLECTIVES)
+# Of the transforms, in every run: the kernels of the forward, of both derivatives, of a batch, and one in the other.
+COMPILED = ("forward", "grad", "jvp", "vmap", "vmap of grad")
 
 
-def sized(size: int) -> list[str]:
-    return [id for id, case in CASES.items() if size in case.sizes]
+def check(world: Group, ids: tuple[str, ...], transforms: tuple[str, ...], compiler: str | None = None) -> list[str]:
+    return [f for id in ids for f in check_case(CASES[id], fcomm.c10d, world, transforms, compiler=compiler)]
+
+
+def checked(
+    record_property: Record,
+    size: int,
+    ids: tuple[str, ...],
+    transforms: tuple[str, ...] = ALL,
+    compiler: str | None = None,
+    timeout_s: float = 300,
+) -> None:
+    """Check the cases in one start of the processes, and note the cells that were checked."""
+    ids = tuple(id for id in ids if size in CASES[id].sizes)
+    run_ranks(check, size, ids, transforms, compiler, timeout_s=timeout_s)
+    record(record_property, [CASES[id] for id in ids], "c10d", compiled=compiler is not None, transforms=transforms)
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_case_under_every_transform(size: int) -> None:
-    run_ranks(check, size, sized(size), tuple(TRANSFORMS), timeout_s=300)
+def test_every_case_under_every_transform(size: int, record_property: Record) -> None:
+    checked(record_property, size, tuple(CASES))
+
+
+def test_compiled(record_property: Record) -> None:
+    checked(record_property, 2, FIRST, COMPILED, "aot_eager")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", COLLECTIVES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_compiled_by_inductor(name: str, size: int, record_property: Record) -> None:
+    ids = tuple(case.id for case in CASES.values() if case.name == name)
+    checked(record_property, size, ids, ALL, "inductor", 580)
+
+
+# --- programs that differ over the ranks --------------------------------------------------------------------------
+
+
+def ignores_a_result(world: Group, compiler: str) -> list[str]:
+    """Rank 1 does not use the first result. Both ranks must communicate twice."""
+
+    def program(x: Tensor) -> Tensor:
+        total = fcomm.all_reduce(x, world, fcomm.c10d)
+        gathered = fcomm.all_gather(x * 2, world, fcomm.c10d)
+        return gathered + total.sum() if world.rank == 0 else gathered
+
+    x = torch.tensor([1.0 + (world.rank or 0)])
+    y = torch.compile(program, fullgraph=True, backend=compiler)(x)
+    expected = [2.0, 4.0] if world.rank == 1 else [5.0, 7.0]
+    return [] if y.tolist() == expected else [f"{y} is not {expected}"]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_result_that_one_rank_ignores_does_not_hang_a_compiled_program(compiler: str) -> None:
+    run_ranks(ignores_a_result, 2, compiler)
+
+
+def differentiates_on_one_rank(world: Group, compiler: str | None) -> list[str]:
+    """The rule for backward: the rank that ignores a result uses it times zero, and so takes part in its derivative."""
+
+    def loss(x: Tensor) -> Tensor:
+        y = fcomm.all_reduce(x * (2.0 + (world.rank or 0)), world, fcomm.c10d)
+        return (y * y).sum() if world.rank == 0 else x.sum() + 0 * y.sum()
+
+    x = torch.tensor([3.0])
+    gradient = torch.func.grad(loss)
+    if compiler is not None:
+        gradient = torch.compile(gradient, fullgraph=True, backend=compiler)
+    # y = 2 a + 3 b = 15 on both ranks; the total loss is y * y + b: its derivatives are 2 y 2 = 60 and 2 y 3 + 1 = 91.
+    expected = [60.0] if world.rank == 0 else [91.0]
+    got = gradient(x).tolist()
+    return [] if got == expected else [f"{got} is not {expected}"]
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager", "inductor"])
+def test_a_zero_use_lets_a_rank_ignore_a_result_that_another_differentiates(compiler: str | None) -> None:
+    run_ranks(differentiates_on_one_rank, 2, compiler)
