@@ -1,0 +1,250 @@
+"""What graphs contain: exactly the expected collectives, forward and backward, traced and exported, for any shape.
+
+Most graphs here are traced on rank 1 of a group of 3 that has no processes: tracing communicates nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES
+from torch import Tensor
+from torch.func import grad, jvp, vjp
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fcomm
+from fcomm.group import Group, register_group
+from fcomm.testing import Case, run_ranks
+
+THREE = register_group(Group("nobody", (0, 1, 2), 1))
+
+
+@cache
+def one_rank() -> Group:
+    return fcomm.init()
+
+
+def trace(fn: Callable[..., Any]) -> Callable[..., torch.fx.GraphModule]:
+    """Traced on fake tensors: nothing is computed, nothing communicated."""
+    return make_fx(fn, tracing_mode="fake")
+
+
+def collectives(graph: torch.fx.Graph) -> list[str]:
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    return [target.split(".")[1] for target in targets if target.startswith("fcomm.")]
+
+
+# name or case: collectives of the forward, of the backward. A line for a collective holds for its other cases too.
+EXPECTED: dict[str, tuple[str, str]] = {
+    "all_reduce": ("all_reduce", "all_reduce"),
+    "all_reduce-max": ("all_reduce", "all_reduce all_reduce"),
+    "all_reduce-min": ("all_reduce", "all_reduce all_reduce"),
+    "all_reduce-prod": ("all_reduce", "all_reduce all_gather axis_index"),
+    "all_reduce-complex prod": ("all_reduce", "all_reduce all_gather axis_index"),
+    "scan": ("scan", "scan"),
+    "all_gather": ("all_gather", "reduce_scatter"),
+    "reduce_scatter": ("reduce_scatter", "all_gather"),
+    "reduce_scatter-max": ("all_to_all", "all_to_all"),
+    "reduce_scatter-min untiled": ("all_to_all", "all_to_all"),
+    "reduce_scatter-prod": ("all_to_all", "all_to_all"),
+    "reduce_scatter-uneven max": ("all_to_all", "all_to_all"),
+    "all_to_all": ("all_to_all", "all_to_all"),
+    # offsets at the receiver; the rows; back: offsets there and here, the rows
+    "ragged_all_to_all": ("all_to_all ragged_all_to_all", "all_to_all all_to_all ragged_all_to_all"),
+    "ppermute": ("ppermute", "ppermute"),
+    "broadcast": ("broadcast", "reduce"),
+    "reduce": ("reduce", "broadcast"),
+    "reduce-max": ("reduce", "broadcast broadcast all_reduce"),
+    "reduce-prod": ("reduce", "broadcast all_gather axis_index"),
+    "gather": ("gather", "scatter"),
+    "scatter": ("scatter", "gather"),
+    "send and recv": ("send recv", "send recv"),
+    "pvary": ("pvary", "all_reduce_invariant"),
+    "all_reduce_invariant": ("all_reduce_invariant", "pvary"),
+    "all_gather_invariant": ("all_gather_invariant", "shard"),
+    "shard": ("shard", "all_gather_invariant"),
+    "barrier": ("barrier", "barrier"),
+    "axis_index": ("axis_index", ""),
+    "all_reduce_coalesced": ("all_reduce all_reduce", "all_reduce all_reduce"),
+    "all_gather_coalesced": ("all_gather all_gather", "reduce_scatter reduce_scatter"),
+    "reduce_scatter_coalesced": ("reduce_scatter reduce_scatter", "all_gather all_gather"),
+}
+
+
+def expected(case: Case) -> tuple[list[str], list[str]]:
+    forward, backward = EXPECTED.get(case.id) or EXPECTED[case.name]
+    return forward.split(), backward.split()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.id)
+def test_traced_graphs_hold_exactly_these_collectives(case: Case) -> None:
+    x = torch.zeros(case.shape(3), dtype=case.dtype)
+    aux = [a[THREE.rank] for a in case.aux(3)]
+
+    def call(x: Tensor, *aux: Tensor) -> Tensor:
+        return case.call(x, *aux, group=THREE, backend=fcomm.c10d)
+
+    def pull(x: Tensor, *aux: Tensor) -> Tensor:
+        y, back = vjp(lambda x: call(x, *aux), x)
+        return back(torch.ones_like(y))[0]
+
+    forward, backward = expected(case)
+    assert collectives(trace(call)(x, *aux).graph) == forward
+    if case.differentiable:
+        assert collectives(trace(pull)(x, *aux).graph) == forward + backward
+        tangent = trace(lambda x, *aux: jvp(lambda x: call(x, *aux), (x,), (x,))[1])(x, *aux)
+        assert collectives(tangent.graph)[: len(forward)] == forward
+
+
+class _Call(torch.nn.Module):
+    def __init__(self, case: Case, group: Group) -> None:
+        super().__init__()
+        self.case, self.group = case, group
+
+    def forward(self, x: Tensor, *aux: Tensor) -> Tensor:
+        return self.case.call(x.clone(), *aux, group=self.group, backend=fcomm.c10d) * 1
+
+
+@pytest.mark.parametrize("case", [c for c in CASES.values() if 1 in c.sizes], ids=lambda case: case.id)
+def test_an_exported_program_is_saved_loaded_and_run(case: Case) -> None:
+    x = torch.ones(case.shape(1), dtype=case.dtype)
+    aux = tuple(a[0] for a in case.aux(1))
+    module = _Call(case, one_rank())
+    program = torch.export.export(module, (x, *aux))
+    assert collectives(program.graph) == expected(case)[0]
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    assert collectives(loaded.graph) == expected(case)[0]
+    assert torch.equal(loaded.module()(x, *aux), module(x, *aux))
+
+
+def test_an_exported_graph_names_the_axis_and_no_process() -> None:
+    class Sum(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return fcomm.all_reduce(x, THREE, fcomm.c10d)
+
+    (node,) = (n for n in torch.export.export(Sum(), (torch.ones(2),)).graph.nodes if "fcomm" in str(n.target))
+    assert node.args[1:] == (None, "sum", "nobody", "c10d")
+
+
+# --- any shape ----------------------------------------------------------------------------------------------------
+
+FAMILIES: dict[str, Callable[[Tensor, Group, fcomm.Backend], Tensor]] = {
+    "all_reduce": lambda x, g, b: fcomm.all_reduce(x, g, b, op="max"),
+    "scan": fcomm.scan,
+    "all_gather": fcomm.all_gather,
+    "reduce_scatter": fcomm.reduce_scatter,
+    "all_to_all": lambda x, g, b: fcomm.all_to_all(x, g, b, concat_dim=1),
+    "ppermute": lambda x, g, b: fcomm.ppermute(x, g, b, perm=[(r, (r + 1) % g.size) for r in range(g.size)]),
+    "broadcast": fcomm.broadcast,
+    "gather": fcomm.gather,
+    "scatter": fcomm.scatter,
+    "send and recv": lambda x, g, b: fcomm.recv(torch.zeros_like(x), g, b, after=fcomm.send(x, g, b)),
+    "shard": lambda x, g, b: fcomm.shard(fcomm.all_reduce_invariant(x, g, b), g, b),
+    "barrier": lambda x, g, b: fcomm.barrier(g, b, after=x),
+    "coalesced": lambda x, g, b: fcomm.all_reduce_coalesced([x, x.sin()], g, b)[1],
+}
+
+
+def compilations(fn: Callable[..., Any], inputs: list[Tensor], *, mark: bool) -> int:
+    """How often torch compiles fn for the inputs, whose results must be those of fn."""
+    count = 0
+
+    def backend(module: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        nonlocal count
+        count += 1
+        return torch._dynamo.lookup_backend("aot_eager")(module, examples)
+
+    torch.compiler.reset()
+    compiled = torch.compile(fn, fullgraph=True, backend=backend, dynamic=None if mark else True)
+    for x in inputs:
+        expected = fn(x)
+        if mark:
+            x = x.clone()
+            torch._dynamo.mark_dynamic(x, x.dim() - 2)
+        torch.testing.assert_close(compiled(x), expected)
+    return count
+
+
+def _recompiling(group: Group, backend: fcomm.Backend) -> list[str]:
+    """The families that compile more than once for three shapes, value and gradient together."""
+    failures = []
+    for position, (name, call) in enumerate(FAMILIES.items()):
+
+        def both(x: Tensor, call: Any = call) -> tuple[Tensor, Tensor]:
+            return call(x, group, backend), grad(lambda x: call(x, group, backend).sin().sum())(x)
+
+        fn = fcomm.simulate(both, group) if group.simulated else both
+        shapes = [(k * group.size, 5) for k in (2, 3, 7)]
+        inputs = [torch.randn(group.size, *s) if group.simulated else torch.randn(s) for s in shapes]
+        count = compilations(fn, inputs, mark=position % 2 == 0)
+        failures += [f"{name}: compiled {count} times"] if count != 1 else []
+    return failures
+
+
+def test_shapes_do_not_recompile_on_an_axis() -> None:
+    assert _recompiling(fcomm.axis("ranks", 2), fcomm.sim) == []
+
+
+def _recompiling_in_processes(world: Group) -> list[str]:
+    return _recompiling(world, fcomm.c10d)
+
+
+def test_shapes_do_not_recompile_in_processes() -> None:
+    run_ranks(_recompiling_in_processes, 2, timeout_s=300)
+
+
+# --- what the compiler must not do --------------------------------------------------------------------------------
+
+
+def test_an_unused_collective_stays_in_the_graph() -> None:
+    def fn(x: Tensor) -> Tensor:
+        fcomm.all_reduce(x, THREE, fcomm.c10d)
+        return x + 1
+
+    module = trace(fn)(torch.zeros(3))
+    module.graph.eliminate_dead_code()
+    assert collectives(module.graph) == ["all_reduce"]
+
+
+def _one_rank_ignores(world: Group, compiler: str) -> list[str]:
+    """Rank 0 computes with the reduced value, the others throw it away."""
+
+    def fn(x: Tensor) -> Tensor:
+        y = fcomm.all_reduce(x.sin(), world, fcomm.c10d)
+        return y.cos() if world.rank == 0 else x.cos()
+
+    compiled = torch.compile(fn, fullgraph=True, backend=compiler)
+    x = torch.full((4,), 1.0 + world.rank)
+    got = [compiled(x), compiled(x + 1)]  # a missing call would be met by the next one
+    sums = [sum(torch.sin(torch.tensor(1.0 + r + k)) for r in range(world.size)) for k in (0, 1)]
+    want = [s.cos().expand(4) for s in sums] if world.rank == 0 else [x.cos(), (x + 1).cos()]
+    return [] if all(torch.allclose(a, b) for a, b in zip(got, want, strict=True)) else [f"got {got}, want {want}"]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_result_that_one_rank_ignores_does_not_hang(compiler: str) -> None:
+    run_ranks(_one_rank_ignores, 2, compiler, timeout_s=200)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_leaves_the_dtype_that_arrives(compiled: bool) -> None:
+    group = fcomm.axis("ranks", 2)
+
+    def fn(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return fcomm.all_reduce(x, group, fcomm.sim), fcomm.all_reduce(x @ x, group, fcomm.sim)
+
+    f = fcomm.simulate(fn, group)
+    f = torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f
+    x = torch.eye(2).expand(2, 2, 2).clone()
+    plain, cast = f(x)
+    assert (plain.dtype, cast.dtype) == (torch.float32, torch.bfloat16)
+    assert plain.tolist() == cast.tolist() == (2 * x).tolist()
