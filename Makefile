@@ -43,6 +43,10 @@ native: .venv/ready
 sanitize: .venv/ready
 	$(BIN)/python -m pytest tests/test_engine_native.py -k sanitizer
 
+# a million small collectives, and nothing of the process grows
+stress: .venv/ready
+	$(BIN)/python -m pytest tests/test_engine_native.py -k stress
+
 # torch is pinned: a looser range would fetch a build with CUDA, which is gigabytes.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

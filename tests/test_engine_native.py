@@ -141,6 +141,11 @@ def test_engine_equals_fold_bit_for_bit(size: int) -> None:
 
 
 @pytest.mark.long
+def test_engine_stress() -> None:
+    assert "stress: ok" in run(build("plain"), "stress", timeout_s=600)
+
+
+@pytest.mark.long
 def test_engine_under_address_and_undefined_behaviour_sanitizers() -> None:
     run(build("address"), *SUITES, timeout_s=900)
 

@@ -58,3 +58,4 @@ void collectives_suite();
 void rings_suite();
 void failures_suite();
 void pool_suite();
+void stress_suite();

@@ -9,7 +9,8 @@ int main(int argc, char **argv) {
                                                     {"failures", failures_suite},
                                                     {"kernels", kernels_suite},
                                                     {"pool", pool_suite},
-                                                    {"rings", rings_suite}};
+                                                    {"rings", rings_suite},
+                                                    {"stress", stress_suite}};
   for (const auto &[name, suite] : suites) {
     bool wanted = argc == 1;
     for (int i = 1; i < argc; ++i) wanted |= name == argv[i];
