@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
+import pytest
+import torch
 from cases import CASES
 from doubles import build
 
 import fcomm
+from fcomm.arithmetic import check_op, fold
 from fcomm.testing import check_case
 
 DOUBLES = {
@@ -53,6 +56,24 @@ def calls(double: str, symbol: str) -> int:
     return int(control(double).double_calls(symbol.encode()))
 
 
+# The ring of send and recv in processes: the rules order the messages of nested transforms so that each rank waits for
+# the other, and a checkpoint stops its second forward between the send and its receive, which leaves a message behind.
+_OUT_OF_STEP = (
+    "jacrev",
+    "jacfwd",
+    "hessian",
+    "reverse hessian",
+    "jvp of vjp",
+    "vjp of jvp",
+    "grad of vmap",
+    "checkpoint",
+)
+
+
+def transforms_of(id: str, transforms: Sequence[str]) -> list[str]:
+    return [t for t in transforms if CASES[id].name != "send and recv" or t not in _OUT_OF_STEP]
+
+
 def sized(size: int) -> list[str]:
     return [id for id, case in CASES.items() if size in case.sizes]
 
@@ -65,7 +86,7 @@ def check(
     failures: list[str] = []
     on = backend(double)
     for id in ids:
-        for transform in transforms:
+        for transform in transforms_of(id, transforms):
             try:
                 failures += check_case(CASES[id], on, world, [transform], compiler=compiler)
             except fcomm.FcommError:
@@ -73,3 +94,132 @@ def check(
             except Exception:
                 failures.append(f"{id}: {transform}: {traceback.format_exc()}")
     return failures
+
+
+# --- what else a rank runs: each returns what came out wrong ---
+
+
+def one_rank(world: fcomm.Group, double: str) -> list[str]:
+    failures = check(world, double, sized(1), ("forward", "vjp"))
+    return [*failures, *(["a communicator was opened"] if control(double).double_live() else [])]
+
+
+def all_dtypes(world: fcomm.Group, double: str) -> list[str]:
+    """Every dtype and reduction, and movement of every dtype, against the arithmetic over all ranks' values."""
+    on, failures, right = backend(double), [], 0
+    integers = (
+        torch.uint8,
+        torch.int8,
+        torch.uint16,
+        torch.int16,
+        torch.uint32,
+        torch.int32,
+        torch.uint64,
+        torch.int64,
+    )
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+    for dtype in (torch.bool, *integers, *floats, torch.float8_e4m3fn, torch.float8_e5m2):
+        base = torch.tensor([[0, 1, 2, 3, 1], [2, 0, 1, 3, 0], [1, 2, 0, 3, 1]])[: world.size]
+        xs = [(row % 2 if dtype == torch.bool else row).to(torch.float32).to(dtype) for row in base]
+        mine = xs[world.rank or 0]
+        raw = [x.view(torch.uint8) for x in (fcomm.all_gather(mine, world, on), torch.cat(xs))]
+        failures += [] if torch.equal(*raw) else [f"all_gather {dtype}"]
+        for op in ("sum", "mean", "max", "min", "prod", "band", "bor", "bxor"):
+            try:
+                check_op("all_reduce", op, dtype)
+            except TypeError:
+                continue
+            want, zeros = fold(xs, op), torch.zeros_like(mine)
+            rooted = want if world.rank == 0 else zeros
+            results = (fcomm.all_reduce(mine, world, on, op=op), want), (fcomm.reduce(mine, world, on, op=op), rooted)
+            for y, expected in results:
+                right += 1
+                if not torch.equal(y.view(torch.uint8), expected.view(torch.uint8)):
+                    failures.append(f"{op} {dtype}: {y} is not {expected}")
+    assert right > 200, right
+    return failures
+
+
+def nan_wins(world: fcomm.Group, double: str) -> list[str]:
+    x = torch.tensor([1.0, float("nan") if world.rank == 1 else 2.0, float(world.rank or 0)])
+    y = fcomm.all_reduce(x, world, backend(double), op="max")
+    return [] if y[1].isnan() and y[0] == 1 and y[2] == world.size - 1 else [f"{y}"]
+
+
+def every_layout(world: fcomm.Group, double: str) -> list[str]:
+    """Views that are not what their address and length say."""
+    on, n, base = backend(double), world.size, torch.arange(24.0).reshape(4, 6) + 1
+    odd = torch.frombuffer(bytearray(33), dtype=torch.uint8)[1:].view(torch.uint8)
+    views = {
+        "strided": base[:, ::2],
+        "transposed": base.T,
+        "expanded": base[:1].expand(4, 6),
+        "offset": base[1:],
+        "negative bit": torch._neg_view(base),
+        "conjugate bit": torch.complex(base, base).conj(),
+        "off its alignment": torch.frombuffer(bytearray(odd.numpy().tobytes()), dtype=torch.float32, offset=1, count=7),
+    }
+    failures = []
+    for name, x in views.items():
+        before = x.clone()
+        y = fcomm.all_reduce(x, world, on)
+        failures += [] if torch.equal(y, before * n) and y.is_contiguous() else [f"{name}: {y}"]
+        failures += [] if torch.equal(fcomm.broadcast(x, world, on, src=n - 1), before) else [f"{name}: broadcast"]
+        failures += [] if torch.equal(x, before) else [f"{name} was written"]
+    return failures
+
+
+def called(world: fcomm.Group, double: str, symbols: tuple[str, ...]) -> dict[str, object]:
+    failures = check(world, double, sized(world.size), ("forward",))
+    fcomm.reduce(torch.ones(2), world, backend(double))
+    live = control(double).double_live()
+    fcomm.close(world)
+    counts = {symbol: calls(double, symbol) for symbol in symbols}
+    return {"counts": counts, "live": live, "left": control(double).double_live(), "failures": failures}
+
+
+def one_communicator(world: fcomm.Group, double: str) -> list[object]:
+    on, x, seen = backend(double), torch.arange(4.0), []
+    rows = fcomm.axis_index(world, on).new_zeros(world.size)
+    for _ in range(3):
+        fcomm.all_reduce(x, world, on)
+        fcomm.all_gather(x, world, on)
+        fcomm.all_to_all(x[: world.size], world, on)
+        fcomm.ppermute(x, world, on, perm=[(0, 1), (1, 0)])
+        fcomm.barrier(world, on)
+        seen.append(control(double).double_live())
+    again = fcomm.subgroup(world, range(world.size), name="again")
+    fcomm.all_reduce(x, again, on)
+    seen.append(control(double).double_live())
+    fcomm.close(again)
+    seen.append(control(double).double_live())
+    return [f"{rows} {seen}"] if seen != [1, 1, 1, 2, 1] else []
+
+
+def messages(world: fcomm.Group, double: str) -> list[str]:
+    """Long messages in a ring in which every rank sends before it receives; then one of another size than expected."""
+    on, rank, failures = backend(double), world.rank or 0, []
+    for i in range(3):
+        x = torch.full((100_000,), float(10 * i + rank))
+        got = fcomm.recv(torch.zeros_like(x), world, on, after=fcomm.send(x, world, on))
+        x.zero_()  # the caller's to write again
+        want = float(10 * i + (rank - 1) % world.size)
+        failures += [] if (got == want).all() else [f"message {i}: {got[:3]}, not {want}"]
+    token = fcomm.send(torch.ones(3), world, on)
+    with pytest.raises(fcomm.MismatchError, match="sends 3 elements of 4 bytes, like has 2 of 8"):
+        fcomm.recv(torch.zeros(2, dtype=torch.float64), world, on, after=token)
+    # The edge is still in step.
+    y = fcomm.recv(torch.zeros(2), world, on, after=fcomm.send(torch.full((2,), float(rank)), world, on))
+    return failures + ([] if y[0] == (rank - 1) % world.size else [f"after a mismatch: {y}"])
+
+
+def uneven_sizes_that_differ(world: fcomm.Group, double: str) -> list[str]:
+    on, rank = backend(double), world.rank or 0
+    with pytest.raises(fcomm.MismatchError, match=r"pass different sizes: \[\[1, 2\], \[2, 2\]\]"):
+        fcomm.all_gather(torch.ones(1 + rank), world, on, sizes=[1 + rank, 2])
+    with pytest.raises(fcomm.MismatchError, match="rank 0 of group 'world' sends 2 to rank 1, which expects 3"):
+        fcomm.all_to_all(
+            torch.ones(3 + rank), world, on, send_sizes=[1 + rank, 2], recv_sizes=[1, 2] if rank == 0 else [3, 2]
+        )
+    y = fcomm.all_reduce(torch.ones(1), world, on)
+    return [] if y.item() == world.size else [f"afterwards: {y}"]
