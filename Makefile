@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-jax check fuzz native sanitize stress bench clean
+.PHONY: nccl-wheels demo test test-all test-jax check fuzz native sanitize stress bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m fcomm.demo $(ARGS)
@@ -46,6 +46,11 @@ sanitize: .venv/ready
 # a million small collectives, and nothing of the process grows
 stress: .venv/ready
 	$(BIN)/python -m pytest tests/test_engine_native.py -k stress
+
+# NVIDIA's own libraries of four versions, 300 MB each, through our tables; no GPU is needed
+WHEELS ?= $(HOME)/.cache/fcomm/nccl-wheels
+nccl-wheels: .venv/ready
+	$(BIN)/python tests/nccl_wheels.py $(WHEELS)
 
 # torch is pinned: a looser range would fetch a build with CUDA, which is gigabytes.
 .venv/ready: pyproject.toml
