@@ -1,0 +1,119 @@
+"""The cpu backend where its engine cannot serve a group: no compiler was there, or the ranks are on several hosts."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+
+import fcomm
+from fcomm.backends import cpu as machine
+from fcomm.backends import shm_opening
+from fcomm.backends.pool import native
+from fcomm.testing import run_ranks
+
+
+def results(world: fcomm.Group) -> list[str]:
+    x = torch.arange(6.0).reshape(3, 2) + (world.rank or 0)
+    n = world.size
+    token = fcomm.send(x, world, fcomm.cpu)
+    got = {
+        "all_reduce": fcomm.all_reduce(x, world, fcomm.cpu).sum().item() == n * 15.0 + 6 * sum(range(n)),
+        "all_gather": fcomm.all_gather(x, world, fcomm.cpu, dim=1).shape == (3, 2 * n),
+        "recv": fcomm.recv(x, world, fcomm.cpu, after=token)[0, 0] == ((world.rank or 0) - 1) % n,
+    }
+    return [f"{name} is wrong" for name, right in got.items() if not right]
+
+
+def warned(world: fcomm.Group, expected: str) -> list[str]:
+    """Right results, and one warning that says why they are slow."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        failures = results(world)
+    texts = [str(w.message) for w in caught if "fcomm.cpu" in str(w.message)]
+    if len(texts) != 1 or expected not in texts[0]:
+        failures.append(f"warnings: {texts}")
+    return failures
+
+
+def check_no_engine(world: fcomm.Group, ranks: list[int], expected: str) -> list[str]:
+    replaced = None if world.rank in ranks else native
+    with mock.patch.object(machine, "native", replaced), mock.patch.object(machine, "why_no_native", "no such file"):
+        return warned(world, expected)
+
+
+def test_no_rank_has_the_engine() -> None:
+    run_ranks(
+        check_no_engine, 2, [0, 1], "the engine is not built (no such file); install a C++ compiler", timeout_s=60
+    )
+
+
+@pytest.mark.skipif(native is None, reason="the engine is not built")
+def test_one_rank_lacks_the_engine() -> None:
+    run_ranks(check_no_engine, 2, [1], "ranks [1] have no engine", timeout_s=60)
+
+
+def check_hosts(world: fcomm.Group) -> list[str]:
+    host = bytes([(world.rank or 0) // 2]) * 32
+    with mock.patch.object(shm_opening, "host_identity", return_value=host):
+        return warned(world, "its 3 ranks are on 2 hosts")
+
+
+@pytest.mark.skipif(native is None, reason="the engine is not built")
+def test_a_group_that_spans_hosts() -> None:
+    run_ranks(check_hosts, 3, timeout_s=60)
+
+
+def check_stranger(world: fcomm.Group) -> list[str]:
+    """Somebody who connects to the socket without knowing the nonce is turned away, and the group opens."""
+    accept = shm_opening._accept
+
+    def with_stranger(*args: object) -> socket.socket:
+        listener = args[1]
+        assert isinstance(listener, socket.socket)
+        if not strangers:
+            for greeting in (b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(16)):
+                strangers.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                strangers[-1].connect(listener.getsockname())
+                strangers[-1].sendall(greeting)
+                strangers[-1].shutdown(socket.SHUT_WR)
+        return accept(*args)  # type: ignore[arg-type]
+
+    strangers: list[socket.socket] = []
+    with mock.patch.object(shm_opening, "_accept", with_stranger):
+        failures = results(world)
+    if world.rank == 0 and len(strangers) != 3:
+        failures.append("no stranger came")
+    for stranger in strangers:
+        stranger.close()
+    return failures
+
+
+@pytest.mark.skipif(native is None, reason="the engine is not built")
+def test_strangers_are_turned_away() -> None:
+    run_ranks(check_stranger, 3, timeout_s=60)
+
+
+def check_pipes(world: fcomm.Group) -> list[str]:
+    """Without pidfd_open (an old kernel, a filter) a pipe tells of a rank's end."""
+    with mock.patch.object(os, "pidfd_open", side_effect=OSError):
+        failures = results(world)
+    if world.rank == 1:
+        os._exit(0)
+    try:
+        fcomm.all_reduce(torch.ones(3), world, fcomm.cpu)
+        failures.append("no error")
+    except fcomm.PeerDiedError as error:
+        failures += [] if error.culprits == (1,) else [str(error)]
+    print(*failures)
+    os._exit(len(failures))
+
+
+@pytest.mark.skipif(native is None, reason="the engine is not built")
+def test_a_pipe_in_place_of_a_pidfd() -> None:
+    with pytest.raises(fcomm.FcommError, match="exit code 0"):
+        run_ranks(check_pipes, 2, timeout_s=60)
