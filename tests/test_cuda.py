@@ -1,4 +1,4 @@
-"""Real NCCL on real GPUs. It runs by itself where there is one: torch with CUDA, and libnccl, which that torch brings."""
+"""Real NCCL on real GPUs. It runs by itself where there is one: a torch with CUDA brings libnccl."""
 
 from __future__ import annotations
 
