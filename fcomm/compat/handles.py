@@ -17,7 +17,7 @@ from fcomm.group import GROUPS, Backend, Group
 from fcomm.rendezvous import close, from_process_group, live, subgroup
 
 GroupLike = Group | dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, int | str] | list[Any] | str
-_HANDLES = (Group, Backend, dist.ProcessGroup, DeviceMesh)
+_GROUPS = (Group, dist.ProcessGroup, DeviceMesh)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,7 +66,7 @@ def takes_handles(fn: F) -> F:
         for a in args:
             if isinstance(a, Backend):
                 backend = a
-            elif isinstance(a, _HANDLES):
+            elif any(isinstance(a, kind) for kind in _GROUPS):  # one by one: Dynamo knows no tuple with opaque types
                 group = a
             else:
                 rest.append(a)
