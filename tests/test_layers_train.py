@@ -129,6 +129,28 @@ def test_training_of_gpt_on_three_axes_in_processes(backend: str) -> None:
     assert_same_course(torch.stack(courses), dense_gpt_course())
 
 
+def _compiled_gpt_on_rank(world: fcomm.Group, backend: str, compiler: str) -> list[str]:
+    """Loss and gradient as one graph; the test of the gradient itself is above."""
+    axes, handle = fcomm.mesh(world, dp=1, sp=1, tp=world.size), getattr(fcomm, backend)
+    own = partial(layers.own_tokens, dp=axes["dp"], sp=axes["sp"], backend=handle)
+    params = layers.cut(PARAMS, MODEL, axes["tp"], handle)
+    step = grad_and_value(partial(layers.gpt_loss, model=MODEL, **axes, backend=handle))
+    batch = (own(TEXT[0][0]), own(TEXT[0][1]))
+    got, value = torch.compile(step, fullgraph=True, backend=compiler)(params, *batch)
+    wanted, dense_value = grad_and_value(dense.gpt)(PARAMS, *TEXT[0], MODEL)
+    torch.testing.assert_close(value, dense_value, rtol=1e-10, atol=1e-10)
+    for name, dim in MODEL.tp_dims().items():
+        part = dense.stack_parts(wanted[name], dim, world.size)[world.rank]
+        torch.testing.assert_close(got[name], part, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    return []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_gpt_as_one_graph_in_processes(compiler: str) -> None:
+    run_ranks(_compiled_gpt_on_rank, 2, BACKENDS[0], compiler, timeout_s=500)
+
+
 # --- experts ------------------------------------------------------------------------------------------------------
 
 EXPERTS, WIDTH, TOKENS = 4, 8, 12
