@@ -6,7 +6,8 @@ Most graphs here are traced on rank 1 of a group of 3 that has no processes: tra
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_traced_graphs_hold_exactly_these_collectives(case: Case) -> None:
     if case.differentiable:
         assert collectives(trace(pull)(x, *aux).graph) == forward + backward
         tangent = trace(lambda x, *aux: jvp(lambda x: call(x, *aux), (x,), (x,))[1])(x, *aux)
-        assert collectives(tangent.graph)[: len(forward)] == forward
+        # The tangent may need the collectives of a non-linear rule too; the value's are there in any case.
+        assert Counter(collectives(tangent.graph)) >= Counter(forward)
 
 
 class _Call(torch.nn.Module):
@@ -173,10 +175,10 @@ def compilations(fn: Callable[..., Any], inputs: list[Tensor], *, mark: bool) ->
     return count
 
 
-def _recompiling(group: Group, backend: fcomm.Backend) -> list[str]:
+def _recompiling(group: Group, backend: fcomm.Backend, families: Iterable[str]) -> list[str]:
     """The families that compile more than once for three shapes, value and gradient together."""
     failures = []
-    for position, (name, call) in enumerate(FAMILIES.items()):
+    for position, (name, call) in enumerate((name, FAMILIES[name]) for name in families):
 
         def both(x: Tensor, call: Any = call) -> tuple[Tensor, Tensor]:
             return call(x, group, backend), grad(lambda x: call(x, group, backend).sin().sum())(x)
@@ -190,11 +192,24 @@ def _recompiling(group: Group, backend: fcomm.Backend) -> list[str]:
 
 
 def test_shapes_do_not_recompile_on_an_axis() -> None:
-    assert _recompiling(fcomm.axis("ranks", 2), fcomm.sim) == []
+    some = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+    assert _recompiling(fcomm.axis("ranks", 2), fcomm.sim, some) == []
+
+
+@pytest.mark.long
+def test_shapes_do_not_recompile_on_an_axis_in_all_families() -> None:
+    # Without "coalesced": torch's own vmap of cat makes its lengths constants, as the next test shows.
+    assert _recompiling(fcomm.axis("ranks", 2), fcomm.sim, [name for name in FAMILIES if name != "coalesced"]) == []
+
+
+def test_vmap_of_cat_makes_its_lengths_constants() -> None:
+    fn = torch.func.vmap(lambda x: torch.cat([x, x.sin()]))
+    with pytest.raises(Exception, match="your code specialized it to be a constant"):
+        compilations(fn, [torch.randn(2, k, 5) for k in (4, 6)], mark=True)
 
 
 def _recompiling_in_processes(world: Group) -> list[str]:
-    return _recompiling(world, fcomm.c10d)
+    return _recompiling(world, fcomm.c10d, FAMILIES)
 
 
 def test_shapes_do_not_recompile_in_processes() -> None:

@@ -124,7 +124,7 @@ def _beyond_the_compiler(case: Case, transform: str) -> str | None:
     """What torch.compile cannot do under simulate, with or without a collective: test_limits.py shows each."""
     has_product = case.values in ("ties", "zeros") or case.name == "axis_index"
     if transform == "hessian" or (transform == "jacfwd" and has_product):
-        return "torch does not compile vmap of jacfwd of a product of two tensors; reverse hessian is compiled"
+        return "torch does not compile vmap of jacfwd of a product with a constant; reverse hessian is compiled"
     if transform == "inference mode" and case.aux is not no_aux:
         return "torch does not compile vmap over tensors made outside inference mode"
     return None

@@ -1,0 +1,129 @@
+"""What torch.compile cannot do without any collective: why a cell of the matrix is empty, and what to write instead.
+
+Each limit is shown in plain torch. When a new torch lifts one, its test fails, and the reason in fcomm/testing/check.py
+goes. Every attempt runs in a process of its own: a compilation that fails inside a transform leaves torch broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
+from torch.utils.checkpoint import checkpoint
+
+import fcomm
+
+X = torch.arange(6, dtype=torch.float64).reshape(3, 2) / 5
+RANKS = fcomm.axis("ranks", 3)
+
+
+def _loss(x: Tensor) -> Tensor:
+    return x.sin().prod()
+
+
+def _inference(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return vmap(lambda y: y * x[0])(x.clone())
+
+
+def _dual(x: Tensor) -> Tensor:
+    import torch.autograd.forward_ad as fwd
+
+    with fwd.dual_level():
+        return fwd.unpack_dual(fwd.make_dual(x, x).sin()).tangent.clone()
+
+
+TABLE: dict[str, int] = {}
+
+
+def _with_side_effect(x: Tensor) -> Tensor:
+    TABLE["now"] = 1
+    y = x.sin()
+    TABLE.pop("now")
+    return y
+
+
+def _reduced(x: Tensor) -> Tensor:
+    return fcomm.all_reduce(x.sin(), RANKS, fcomm.sim, op="prod")
+
+
+def _around(x: Tensor) -> Tensor:
+    """The Hessian of the whole simulated program: every rank's derivative by every rank's x."""
+    return hessian(lambda x: fcomm.simulate(_reduced, RANKS)(x).cos().sum())(x)
+
+
+def _by_reverse(x: Tensor) -> Tensor:
+    return fcomm.simulate(jacrev(jacrev(lambda x: _reduced(x).cos().sum())), RANKS)(x)
+
+
+def _checkpoint(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: checkpoint(fn, x, use_reentrant=False)
+
+
+FORWARD_MODE = "InferenceMode::is_enabled"
+ATTEMPTS: dict[str, tuple[Callable[[Tensor], Any], str | None]] = {
+    # plain torch, and what its refusal says; None where it compiles
+    "vmap of jacfwd of a product with a constant": (vmap(jacfwd(lambda x: 2 * x)), FORWARD_MODE),
+    "vmap of hessian": (vmap(hessian(_loss)), FORWARD_MODE),
+    "vmap of jacfwd of grad": (vmap(jacfwd(grad(_loss))), FORWARD_MODE),
+    "checkpoint of a side effect": (_checkpoint(_with_side_effect), "Unsafe side effect"),
+    "inference mode of vmap over an outer tensor": (_inference, "version_counter"),
+    # neighbours of those, so that the reasons say no more than is true
+    "vmap of jacfwd of a square": (vmap(jacfwd(lambda x: x * x)), None),
+    "hessian": (lambda x: hessian(_loss)(x[0]), None),
+    "hessian of vmap": (hessian(lambda x: vmap(_loss)(x).sum()), None),
+    "vmap of jacrev of jacrev": (vmap(jacrev(jacrev(_loss))), None),
+    "checkpoint of vmap": (_checkpoint(vmap(torch.sin)), None),
+    "dual tensors": (_dual, None),
+    # the same with a collective
+    "hessian inside simulate": (
+        fcomm.simulate(hessian(lambda x: _reduced(x).cos().sum()), RANKS), FORWARD_MODE,
+    ),
+    "hessian around simulate": (_around, None),
+    "reverse hessian inside simulate": (_by_reverse, None),
+    "checkpoint of simulate": (_checkpoint(fcomm.simulate(_reduced, RANKS)), "Unsafe side effect"),
+    "checkpoint inside simulate": (fcomm.simulate(_checkpoint(_reduced), RANKS), None),
+}  # fmt: skip
+
+
+def _attempt(world: fcomm.Group, name: str) -> str | None:
+    """Compile it; the refusal, or None if the result is that of eager."""
+    fn, _ = ATTEMPTS[name]
+    expected = fn(X.clone())
+    try:
+        got = torch.compile(fn, fullgraph=True, backend="aot_eager")(X.clone())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    torch.testing.assert_close(got, expected)
+    return None
+
+
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_what_torch_compiles(name: str) -> None:
+    (said,) = fcomm.run(_attempt, 1, name)
+    refusal = ATTEMPTS[name][1]
+    if refusal is None:
+        assert said is None
+    else:
+        assert said is not None, "torch compiles it now: remove the reason"
+        assert refusal in said
+
+
+def _hessian_in_processes(world: fcomm.Group) -> tuple[Tensor, Tensor]:
+    def fn(x: Tensor) -> Tensor:
+        return hessian(lambda x: fcomm.all_reduce(x.sin(), world, fcomm.c10d, op="prod").cos().sum())(x)
+
+    x = X[world.rank].clone()
+    return fn(x), torch.compile(fn, fullgraph=True, backend="aot_eager")(x)
+
+
+def test_a_compiled_hessian_in_processes_and_around_simulate_agree() -> None:
+    """All ranks run the same program: the rank's Hessian is by a change of all ranks' x at once."""
+    around = torch.compile(_around, fullgraph=True, backend="aot_eager")(X)
+    for rank, (eager, compiled) in enumerate(fcomm.run(_hessian_in_processes, 3)):
+        torch.testing.assert_close(compiled, eager)
+        torch.testing.assert_close(compiled, around[rank].sum(1))
