@@ -59,23 +59,31 @@ def test_compiled_by_inductor(name: str, size: int, record_property: Record) -> 
 # --- programs that differ over the ranks --------------------------------------------------------------------------
 
 
-def ignores_a_result(world: Group, compiler: str) -> list[str]:
+def ignores_a_result(world: Group, compiler: str, ordered: bool) -> list[str]:
     """Rank 1 does not use the first result. Both ranks must communicate twice."""
 
     def program(x: Tensor) -> Tensor:
         total = fcomm.all_reduce(x, world, fcomm.c10d)
-        gathered = fcomm.all_gather(x * 2, world, fcomm.c10d)
-        return gathered + total.sum() if world.rank == 0 else gathered
+        gathered = fcomm.all_gather(total if ordered else x * 2, world, fcomm.c10d)
+        unused = fcomm.all_reduce(gathered, world, fcomm.c10d)
+        return gathered + (unused if ordered else total).sum() if world.rank == 0 else gathered
 
     x = torch.tensor([1.0 + (world.rank or 0)])
     y = torch.compile(program, fullgraph=True, backend=compiler)(x)
-    expected = [2.0, 4.0] if world.rank == 1 else [5.0, 7.0]
-    return [] if y.tolist() == expected else [f"{y} is not {expected}"]
+    expected = {(True, 0): [15.0, 15.0], (True, 1): [3.0, 3.0], (False, 0): [5.0, 7.0], (False, 1): [2.0, 4.0]}
+    right = expected[ordered, world.rank or 0]
+    return [] if y.tolist() == right else [f"{y} is not {right}"]
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_a_result_that_one_rank_ignores_does_not_hang_a_compiled_program(compiler: str) -> None:
-    run_ranks(ignores_a_result, 2, compiler)
+@pytest.mark.parametrize(("compiler", "ordered"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)])
+def test_a_result_that_one_rank_ignores_does_not_hang_a_compiled_program(compiler: str, ordered: bool) -> None:
+    run_ranks(ignores_a_result, 2, compiler, ordered)
+
+
+@pytest.mark.long
+@pytest.mark.xfail(strict=True, reason="Inductor orders independent collectives by their uses: notes/0013")
+def test_inductor_keeps_the_order_of_independent_collectives() -> None:
+    run_ranks(ignores_a_result, 2, "inductor", False, timeout_s=60)
 
 
 def differentiates_on_one_rank(world: Group, compiler: str | None) -> list[str]:
