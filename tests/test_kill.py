@@ -44,8 +44,8 @@ CALLS: dict[str, Callable[[torch.Tensor, fcomm.Group], Any]] = {
 
 
 def shared_names() -> set[str]:
-    # Open MPI, which others may be running, leaves its segments behind.
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("vader_segment")}
+    # Other programs of the machine make these: Open MPI, and multiprocessing's locks.
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("vader_segment", "sem.mp-"))}
 
 
 def open_descriptors() -> int:
