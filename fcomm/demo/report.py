@@ -92,8 +92,10 @@ def draw(dense: Run, parallel: Run, where: str, path: Path) -> str:
     difference.axhline(TOLERANCE, color="#555555", linestyle="--", linewidth=1)
     difference.text(1, TOLERANCE, "limit", va="bottom", color="#555555")
     difference.set_yscale("log")
+    difference.set_ylim(top=10 * TOLERANCE)
     difference.set_ylabel("relative difference")
     difference.set_xlabel("step")
+    difference.xaxis.get_major_locator().set_params(integer=True)
     for axes in (losses, difference):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
