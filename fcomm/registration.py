@@ -404,7 +404,7 @@ def _rule(record: Record, op: Any) -> Any:
                 # communicates a batch and one that does not would wait for each other for ever.
                 false = torch.zeros((), dtype=torch.bool, device=residuals["y"].device)
                 tangents = tuple(
-                    torch.where(false, residuals[name], t)
+                    torch.where(false, residuals[name].detach(), t)
                     for name, t in zip(record.inputs, tangents[:inputs], strict=True)
                 )
                 if not callable(record.jvp):

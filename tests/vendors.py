@@ -56,24 +56,6 @@ def calls(double: str, symbol: str) -> int:
     return int(control(double).double_calls(symbol.encode()))
 
 
-# The ring of send and recv in processes: the rules order the messages of nested transforms so that each rank waits for
-# the other, and a checkpoint stops its second forward between the send and its receive, which leaves a message behind.
-_OUT_OF_STEP = (
-    "jacrev",
-    "jacfwd",
-    "hessian",
-    "reverse hessian",
-    "jvp of vjp",
-    "vjp of jvp",
-    "grad of vmap",
-    "checkpoint",
-)
-
-
-def transforms_of(id: str, transforms: Sequence[str]) -> list[str]:
-    return [t for t in transforms if CASES[id].name != "send and recv" or t not in _OUT_OF_STEP]
-
-
 def sized(size: int) -> list[str]:
     return [id for id, case in CASES.items() if size in case.sizes]
 
@@ -86,7 +68,7 @@ def check(
     failures: list[str] = []
     on = backend(double)
     for id in ids:
-        for transform in transforms_of(id, transforms):
+        for transform in transforms:
             try:
                 failures += check_case(CASES[id], on, world, [transform], compiler=compiler)
             except fcomm.FcommError:
