@@ -132,9 +132,10 @@ def one_does_not_call(world: Group) -> None:
         time.sleep(600)
 
 
+@pytest.mark.long  # its margin for a busy machine is a quarter of the wait
 def test_a_collective_that_waits_in_vain_says_so_before_the_deadline() -> None:
-    with pytest.raises(FcommError, match=r"rank 1 of group 'world' made no call on backend 'c10d' within 9\.0 s"):
-        fcomm.run(one_does_not_call, 2, timeout_s=12)
+    with pytest.raises(FcommError, match=r"rank 1 of group 'world' made no call on backend 'c10d' within 30\.0 s"):
+        fcomm.run(one_does_not_call, 2, timeout_s=40)
 
 
 def returns_a_lambda(world: Group) -> Any:
