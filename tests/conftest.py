@@ -28,6 +28,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     lines += [f"- not in this run: {' '.join(cell)}" for cell in missing]
     (OUT / "matrix.md").write_text("\n".join(lines) + "\n")
     whole = session.config.args == session.config.getini("testpaths") and not session.config.option.keyword
+    if session.config.option.markexpr:
+        # In processes the short form compiles a sample of transforms; make test-all compiles all of them.
+        missing = [cell for cell in missing if cell[2:] != ("c10d", "compiled")]
     if whole and missing:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -73,6 +73,7 @@ def test_a_wrong_result_is_counted_and_fails(tmp_path):
 
 
 @pytest.mark.skipif(launch.why_no_mpi() is not None, reason=f"no comparison with MPI: {launch.why_no_mpi()}")
+@pytest.mark.long
 def test_mpi_in_the_same_processes(tmp_path):
     done = _bench(tmp_path, "all_reduce", "-b", "64", "-e", "64", "--vs", "mpi", "--vs", "c10d", "--json", "out.json")
     assert done.returncode == 0, done.stderr

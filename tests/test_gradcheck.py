@@ -88,7 +88,7 @@ def _on_axis(case: Case, group: fcomm.Group) -> Ranks:
 
 
 @pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.id)
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_rules_against_finite_differences(case: Case, size: int) -> None:
     if case in COALESCED:
         case = _without_float32(case)

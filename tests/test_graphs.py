@@ -212,6 +212,7 @@ def _recompiling_in_processes(world: Group) -> list[str]:
     return _recompiling(world, fcomm.c10d, FAMILIES)
 
 
+@pytest.mark.long
 def test_shapes_do_not_recompile_in_processes() -> None:
     run_ranks(_recompiling_in_processes, 2, timeout_s=300)
 

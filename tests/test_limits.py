@@ -20,6 +20,9 @@ import fcomm
 X = torch.arange(6, dtype=torch.float64).reshape(3, 2) / 5
 RANKS = fcomm.axis("ranks", 3)
 
+# A process and a compilation for each: they are about torch, and change only with it.
+pytestmark = pytest.mark.long
+
 
 def _loss(x: Tensor) -> Tensor:
     return x.sin().prod()

@@ -14,7 +14,6 @@ import pytest
 
 import fcomm
 from fcomm import collectives
-from fcomm.registration import RECORDS
 
 README = Path(__file__).parent.parent / "README.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -77,7 +76,9 @@ def test_table_is_up_to_date(name: str) -> None:
 
 
 def test_every_record_has_a_public_function() -> None:
-    assert {name for name in RECORDS if RECORDS[name].spec.__module__.startswith("fcomm.")} <= set(collectives.__all__)
+    # In a process of its own: other tests define collectives.
+    check = "from fcomm import collectives, registration; assert {*registration.RECORDS} <= {*collectives.__all__}"
+    subprocess.run([sys.executable, "-c", check], timeout=120, check=True)
 
 
 if __name__ == "__main__":
