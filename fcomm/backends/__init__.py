@@ -11,6 +11,7 @@ A lowering is `fn(x, group, **params) -> Tensor`, called with
 
 and returns a new contiguous tensor. Off-root results and absent ppermute destinations are zeros.
 Arithmetic is that of fcomm/arithmetic.py: sums in rank order, half types accumulated in float32, NaN wins in max, min.
+Where a vendor's library sums natively, the order of summation is the library's (notes/0050-device-lowerings.md).
 
 barrier(x, group) returns a copy of x after all ranks arrived; send(x, group, dst) an empty tensor; recv(after, like,
 group, src) ignores after. all_to_all's send_sizes and recv_sizes are this rank's, along split_dim and concat_dim.
