@@ -327,6 +327,10 @@ def _shorten_inductor_call(op: Any) -> None:
             if getattr(node, "op_overload", None) is op:
                 if not V.graph.cpp_wrapper:
                     node.python_kernel_name = direct
+                last = getattr(V.graph, "fcomm_last", None)
+                if last is not None:
+                    V.graph.additional_buffer_deps[node.get_operation_name()].add(last)
+                V.graph.fcomm_last = node.get_name()
                 break
         return result
 

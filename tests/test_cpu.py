@@ -20,6 +20,7 @@ import fcomm
 from fcomm.arithmetic import OPS, fold
 from fcomm.backends import cpu as machine
 from fcomm.backends.pool import native
+from fcomm.group import BACKENDS
 from fcomm.rendezvous import live
 from fcomm.testing import TRANSFORMS, check_case, run_ranks
 
@@ -355,17 +356,33 @@ def test_long_random_programs(size: int) -> None:
         run_ranks(check_program, size, 100 + seed, 5000, timeout_s=600)
 
 
-def check_huge(world: fcomm.Group) -> list[Any]:
+def check_huge(world: fcomm.Group, backend_name: str, kind: str) -> list[Any]:
+    backend = BACKENDS[backend_name]
+    n, me = world.size, world.rank or 0
     count = 2**31 + 8
-    x = torch.zeros(count, dtype=torch.uint8)
-    marks = [0, 2**31 - 1, 2**31, count - 1]
-    x[marks] = (world.rank or 0) + 1
-    y = fcomm.all_reduce(x, world, fcomm.cpu)
-    total = sum(range(1, world.size + 1))
-    wrong = [m for m in marks if y[m] != total]
-    return [f"wrong at {wrong}"] if wrong or int(y.sum()) != total * len(marks) else []
+    x = torch.zeros(count // n if kind == "all_gather" else count, dtype=torch.uint8)
+    length = len(x)
+    marks = [0, length // 2 - 1, length // 2, length - 1]
+    x[marks] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8) + 4 * me
+    y = {
+        "all_reduce": lambda: fcomm.all_reduce(x, world, backend),
+        "all_gather": lambda: fcomm.all_gather(x, world, backend),
+        "all_to_all": lambda: fcomm.all_to_all(x, world, backend, split_dim=0, concat_dim=0),
+    }[kind]()
+    # Rank p holds 1 + 4 p .. 4 + 4 p at the marks; two of them lie in either half.
+    expected = {
+        "all_reduce": {m: n * k + 4 * sum(range(n)) for k, m in enumerate(marks, 1)},
+        "all_gather": {p * length + m: k + 4 * p for p in range(n) for k, m in enumerate(marks, 1)},
+        "all_to_all": {p * length // 2 + m: k + 4 * p for p in range(n) for k, m in zip(
+            (1 + 2 * me, 2 + 2 * me), (0, length // 2 - 1), strict=True)},
+    }[kind]  # fmt: skip
+    wrong = [f"{y[m]} at {m}, not {value}" for m, value in expected.items() if y[m] != value]
+    others = int(y.count_nonzero()) - len(expected)
+    return wrong + ([f"{others} more elements are not zero"] if others else [])
 
 
 @pytest.mark.long
-def test_more_than_two_to_the_31_elements() -> None:
-    run_ranks(check_huge, 2, timeout_s=300)
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "all_to_all"])
+@pytest.mark.parametrize("backend", ["cpu", "c10d"])
+def test_more_than_two_to_the_31_elements(backend: str, kind: str) -> None:
+    run_ranks(check_huge, 2, backend, kind, timeout_s=300)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -112,6 +113,11 @@ _OPS = {op: code for code, op in enumerate(("sum", "mean", "max", "min", "prod",
 # tag: the hash of what the engine cannot see. Of ints only: the hash of None or of a string differs among processes.
 
 
+# What shapes alone decide is a plan, and remembered: a program makes the same few calls again and again, and working a
+# plan out would take longer than a small call.
+_remembered = lru_cache(maxsize=4096)
+
+
 def _new(shape: Sequence[int], like: Tensor, width: int) -> Tensor:
     if prod(shape) * width >= POOLED_NBYTES:
         return pooled(shape, like)
@@ -187,39 +193,50 @@ def _reduce_scatter(
     dim: int,
     op: str,
     tiled: bool,
-    sizes: Sequence[int] | None,
+    sizes: tuple[int, ...] | None,
     narrow: int = 0,
 ) -> Called:
     code, width = _CODES[x.dtype]
     if code >= _FLOAT8:
         return _widened(_reduce_scatter, x, group, handle, dim=dim, op=op, tiled=tiled, sizes=sizes)
-    if sizes is None:
-        blocks: Any = _blocks(x.shape, dim, width, group.size)
-        shape = _with(x.shape, dim, x.shape[dim] // group.size) if tiled else (*x.shape[:dim], *x.shape[dim + 1 :])
-    else:
-        blocks, shape = _uneven(x.shape, dim, width, sizes), _with(x.shape, dim, sizes[group.rank or 0])
+    shape, blocks, tag = _reduce_scatter_plan(x.shape, width, group.size, group.rank or 0, dim, tiled, sizes)
     y = _new(shape, x, width)
-    tag = hash((x.shape, dim, tiled, sizes or ())) ^ narrow
-    return native.reduce_scatter(x.data_ptr(), blocks, y.data_ptr(), code, _OPS[op], tag, handle), y
+    return native.reduce_scatter(x.data_ptr(), blocks, y.data_ptr(), code, _OPS[op], tag ^ narrow, handle), y
+
+
+@_remembered
+def _reduce_scatter_plan(
+    s: tuple[int, ...], width: int, n: int, rank: int, dim: int, tiled: bool, sizes: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], Any, int]:
+    tag = hash((s, dim, tiled, sizes or ()))
+    if sizes is not None:
+        return _with(s, dim, sizes[rank]), _uneven(s, dim, width, sizes), tag
+    shape = _with(s, dim, s[dim] // n) if tiled else (*s[:dim], *s[dim + 1 :])
+    return shape, _blocks(s, dim, width, n), tag
 
 
 # --- the whole and its blocks -------------------------------------------------------------------------------------
 
 
-def _all_gather(x: Tensor, group: Group, handle: Any, *, dim: int, tiled: bool, sizes: Sequence[int] | None) -> Called:
+def _all_gather(
+    x: Tensor, group: Group, handle: Any, *, dim: int, tiled: bool, sizes: tuple[int, ...] | None
+) -> Called:
     code, width = _CODES[x.dtype]
-    if sizes is None:
-        shape = (
-            _with(x.shape, dim, x.shape[dim] * group.size) if tiled else (*x.shape[:dim], group.size, *x.shape[dim:])
-        )
-        blocks: Any = _blocks(shape, dim, width, group.size)
-    else:
-        shape = _with(x.shape, dim, sum(sizes))
-        blocks = _uneven(shape, dim, width, sizes)
+    shape, blocks, tag = _all_gather_plan(x.shape, code, width, group.size, dim, tiled, sizes)
     y = _new(shape, x, width)
-    return native.all_gather(
-        x.data_ptr(), y.data_ptr(), blocks, hash((shape, code, dim, tiled, sizes or ())), handle
-    ), y
+    return native.all_gather(x.data_ptr(), y.data_ptr(), blocks, tag, handle), y
+
+
+@_remembered
+def _all_gather_plan(
+    s: tuple[int, ...], code: int, width: int, n: int, dim: int, tiled: bool, sizes: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], Any, int]:
+    if sizes is not None:
+        shape = _with(s, dim, sum(sizes))
+    else:
+        shape = _with(s, dim, s[dim] * n) if tiled else (*s[:dim], n, *s[dim:])
+    blocks = _blocks(shape, dim, width, n) if sizes is None else _uneven(shape, dim, width, sizes)
+    return shape, blocks, hash((shape, code, dim, tiled, sizes or ()))
 
 
 def _all_to_all(
@@ -230,39 +247,59 @@ def _all_to_all(
     split_dim: int,
     concat_dim: int,
     tiled: bool,
-    send_sizes: Sequence[int] | None,
-    recv_sizes: Sequence[int] | None,
+    send_sizes: tuple[int, ...] | None,
+    recv_sizes: tuple[int, ...] | None,
 ) -> Called:
     code, width = _CODES[x.dtype]
-    n, rank = group.size, group.rank or 0
-    tag: Any = (code, split_dim, concat_dim, tiled)
-    if send_sizes is None or recv_sizes is None:
-        block = [*x.shape]
-        block[split_dim : split_dim + 1] = [x.shape[split_dim] // n] if tiled else []
-        shape = [*block]
-        shape[concat_dim : concat_dim + tiled] = [block[concat_dim] * n if tiled else n]
-        sent: Any = _blocks(x.shape, split_dim, width, n)
-        received: Any = _blocks(shape, concat_dim, width, n)
-        tag = (*tag, x.shape)
-    else:
-        shape = [*x.shape]
-        shape[split_dim], shape[concat_dim] = send_sizes[rank], sum(recv_sizes)
-        sent = _uneven(x.shape, split_dim, width, send_sizes)
-        received = _uneven(shape, concat_dim, width, recv_sizes)
-        tag = (*tag, *(d for k, d in enumerate(x.shape) if k not in (split_dim, concat_dim)))
-        if split_dim != concat_dim:
-            tag = (*tag, tuple(send_sizes), tuple(recv_sizes))
+    shape, sent, received, tag = _all_to_all_plan(
+        x.shape, code, width, group.size, group.rank or 0, split_dim, concat_dim, tiled, send_sizes, recv_sizes
+    )
     y = _new(shape, x, width)
     # Uneven: where the two dims are one, the sizes are each rank's own; the engine compares them, pair by pair.
-    return native.all_to_all(x.data_ptr(), sent, y.data_ptr(), received, send_sizes is not None, hash(tag), handle), y
+    return native.all_to_all(x.data_ptr(), sent, y.data_ptr(), received, send_sizes is not None, tag, handle), y
 
 
-def _ppermute(x: Tensor, group: Group, handle: Any, *, perm: Sequence[int]) -> Called:
+@_remembered
+def _all_to_all_plan(
+    s: tuple[int, ...],
+    code: int,
+    width: int,
+    n: int,
+    rank: int,
+    split_dim: int,
+    concat_dim: int,
+    tiled: bool,
+    send_sizes: tuple[int, ...] | None,
+    recv_sizes: tuple[int, ...] | None,
+) -> tuple[tuple[int, ...], Any, Any, int]:
+    tag: Any = (code, split_dim, concat_dim, tiled)
+    if send_sizes is None or recv_sizes is None:
+        block = [*s]
+        block[split_dim : split_dim + 1] = [s[split_dim] // n] if tiled else []
+        shape = [*block]
+        shape[concat_dim : concat_dim + tiled] = [block[concat_dim] * n if tiled else n]
+        sent, received = _blocks(s, split_dim, width, n), _blocks(shape, concat_dim, width, n)
+        return tuple(shape), sent, received, hash((*tag, s))
+    shape = [*s]
+    shape[split_dim], shape[concat_dim] = send_sizes[rank], sum(recv_sizes)
+    tag = (*tag, *(d for k, d in enumerate(s) if k not in (split_dim, concat_dim)))
+    if split_dim != concat_dim:
+        tag = (*tag, send_sizes, recv_sizes)
+    uneven = _uneven(s, split_dim, width, send_sizes), _uneven(shape, concat_dim, width, recv_sizes)
+    return tuple(shape), *uneven, hash(tag)
+
+
+def _ppermute(x: Tensor, group: Group, handle: Any, *, perm: tuple[int, ...]) -> Called:
     code, width = _CODES[x.dtype]
     y = _new(x.shape, x, width)
-    source = next((s for s, d in pairs(perm) if d == group.rank), -1)
-    tag = hash((x.shape, code, tuple(perm)))
-    return native.permute(x.data_ptr(), y.data_ptr(), x.nbytes, source, group.rank in perm[::2], tag, handle), y
+    source, sends = _edges(perm, group.rank)
+    return native.permute(x.data_ptr(), y.data_ptr(), x.nbytes, source, sends, hash((x.shape, code, perm)), handle), y
+
+
+@_remembered
+def _edges(perm: tuple[int, ...], rank: int | None) -> tuple[int, bool]:
+    """Who sends to rank, -1 for nobody, and whether rank sends."""
+    return next((s for s, d in pairs(perm) if d == rank), -1), rank in perm[::2]
 
 
 def _broadcast(x: Tensor, group: Group, handle: Any, *, src: int) -> Called:

@@ -19,19 +19,20 @@ def on_this_rank(world: Group, backend_name: str, calls: int, limit_s: float) ->
     """all_reduce of 8 bytes, `calls` times or for limit_s seconds, whichever is first; what grew meanwhile."""
     backend = BACKENDS[backend_name]
     x, go = torch.ones(2), torch.ones(())
-    for _ in range(_CHUNK):
-        fcomm.all_reduce(x, world, backend)
-    # What a first use allocates for good is not growth: the broadcast below, and reading the usage.
-    fcomm.broadcast(go, world, backend)
+
+    def go_on(begin: float) -> bool:
+        for _ in range(_CHUNK):
+            fcomm.all_reduce(x, world, backend)
+        go.fill_(perf_counter() - begin < limit_s)  # rank 0's clock decides for all
+        return bool(fcomm.broadcast(go, world, backend))
+
+    # What a first use allocates for good is not growth, nor is what reading the usage does.
+    go_on(perf_counter())
     _usage()
     before, begin, done = _usage(), perf_counter(), 0
     while done < calls:
-        for _ in range(_CHUNK):
-            fcomm.all_reduce(x, world, backend)
         done += _CHUNK
-        # Rank 0's clock decides for all.
-        go.fill_(perf_counter() - begin < limit_s)
-        if not fcomm.broadcast(go, world, backend):
+        if not go_on(begin):
             break
     after = _usage()
     return {

@@ -218,8 +218,8 @@ bool past_caches(const fcomm_comm &c, std::size_t touched) {
 void copy_in(fcomm_comm &c, char *to, const char *from, std::size_t nbytes) {
   constexpr std::size_t kTimed = 16 << 10;  // a microsecond, against a twentieth for the clock
   if (nbytes < kTimed) return copy(to, from, nbytes, false);
-  const bool way = c.writing.next_way();
   const std::int64_t start = now_ns();
+  const bool way = c.writing.next_way(start);
   copy(to, from, nbytes, way);
   if (way) stream_fence();
   c.writing.learn(way, double(now_ns() - start), nbytes);
@@ -351,8 +351,8 @@ fcomm_status fcomm_attach(void *region, int rank, int size, const int *life_fds,
   c->spins = crowded ? 0 : kMostSpins;  // to start with
   // Touch our own slots now: a lack of memory is an error here and a SIGBUS later, and on a machine with several
   // memory nodes the pages come to lie where their writer runs.
-  char *own = c->in_slot(rank, 0);
-  if (madvise(own, layout.rank_bytes(), MADV_POPULATE_WRITE) && errno != EINVAL) return FCOMM_SYSTEM;
+  char *own = c->base + layout.slots() + std::size_t(rank) * kSlotsBytes;
+  if (madvise(own, kSlotsBytes, MADV_POPULATE_WRITE) && errno != EINVAL) return FCOMM_SYSTEM;
   c->control(rank).pid = getpid();
   *comm = c.release();
   return FCOMM_OK;

@@ -28,10 +28,15 @@ struct Message {
 // stores past the caches. Which it is changes while a program runs (a hypervisor moves its cores), so we measure.
 struct SlotWriting {
   bool past = false;
-  unsigned turns = 0;
+  std::int64_t tried = 0;        // the other way, last
   double ns_per_kb[2] = {0, 0};  // of either way, lately
 
-  bool next_way() { return ++turns % 32 == 1 ? !past : past; }  // the other way now and then, to know
+  bool next_way(std::int64_t now) {
+    constexpr std::int64_t kEvery = 2'000'000;  // now and then, to know: the wrong way may be ten times slower
+    if (now - tried < kEvery) return past;
+    tried = now;
+    return !past;
+  }
   void learn(bool way, double ns, std::size_t nbytes) {
     const double now = ns / (double(nbytes) / 1024);
     double &lately = ns_per_kb[way];
@@ -52,6 +57,7 @@ struct fcomm_comm {
   std::uint64_t fingerprint = 0;
   std::int64_t timeout_ns = 0;
   int spins = 0;  // before yielding; adapts
+  fcomm::Slots slots;
   fcomm::SlotWriting writing;
   unsigned fork_generation = 0;
   bool closed = false, broken = false;
@@ -66,12 +72,9 @@ struct fcomm_comm {
   fcomm::Control &control(int r) const {
     return reinterpret_cast<fcomm::Control *>(base + layout.control())[r];
   }
-  char *in_slot(int r, std::uint32_t at) const {
-    return base + layout.slots() + std::size_t(r) * layout.rank_bytes() + (at & 1) * fcomm::kSlotBytes;
-  }
-  char *out_slot(int r, std::uint32_t at) const {
-    return base + layout.slots() + std::size_t(r) * layout.rank_bytes() + 2 * fcomm::kSlotBytes +
-           (at & 1) * layout.out_bytes();
+  // Rank r's slot of this round or of the one before.
+  char *slot(int r, std::uint32_t at) const {
+    return base + layout.slots() + std::size_t(r) * fcomm::kSlotsBytes + slots[at];
   }
   fcomm::Ring &ring(int from, int to) const {
     return *reinterpret_cast<fcomm::Ring *>(base + layout.rings() +

@@ -1,13 +1,13 @@
 // The shared region: what lies where. Every rank derives all offsets from the group's size alone; nothing read from a
 // peer is ever used as an index or a bound.
 //
-//   Header | Control[size] | per rank: in[2], out[2] | per ordered pair: Ring
+//   Header | Control[size] | per rank: Slots | per ordered pair: Ring
 //
-// One protocol serves every collective. A call is a sequence of rounds. In round r a rank fills its own slots of
-// parity r % 2, publishes r in its control line, waits until every peer has published r, and reads the peers' slots of
-// that parity. Two slots suffice: a rank that fills slot r % 2 again, in round r + 2, has seen every peer publish
-// r + 1, and a peer publishes r + 1 only after it has read what it wanted of round r. The same argument covers the
-// fingerprint beside the flag. tests/protocol_model.py walks every interleaving of this.
+// One protocol serves every collective. A call is a sequence of rounds. In round r a rank fills its own slot, publishes
+// r in its control line, waits until every peer has published r, and reads the peers' slots of that round. Two slots
+// that do not overlap suffice: a rank that fills one in round r + 2 has seen every peer publish r + 1, and a peer
+// publishes r + 1 only after it has read what it wanted of round r. The same argument covers the fingerprint beside the
+// flag. tests/protocol_model.py walks every interleaving of this.
 #pragma once
 
 #include <atomic>
@@ -25,7 +25,10 @@ namespace fcomm {
 // Two x86 lines (the prefetcher fetches pairs) and one line of the aarch64 machines that have large ones.
 constexpr std::size_t kLine = 128;
 constexpr std::size_t kPage = 4096;
-constexpr std::size_t kSlotBytes = 512 << 10;  // about a second-level cache
+constexpr std::size_t kChunkBytes = 512 << 10;           // the most that a round takes of a message
+constexpr std::size_t kSlotBytes = kChunkBytes * 3 / 2;  // with this rank's share of the chunk before
+constexpr std::size_t kSmallSlotBytes = 4 << 10;
+constexpr std::size_t kSlotsBytes = 3 << 20;  // a few second-level caches
 constexpr std::uint64_t kMagic = 0x31304d4d4f4346ull;  // "FCOMM01"
 
 constexpr int kRingPieces = 4;
@@ -78,17 +81,38 @@ constexpr std::size_t share_bytes(std::size_t chunk, int size) {
   return round_up((chunk + std::size_t(size) - 1) / std::size_t(size), 64);
 }
 
+// Where the slots of the last two rounds lie in each rank's kSlotsBytes: the same at all ranks, which make the same
+// rounds of the same sizes. Slots walk through the whole of it, for a line that the peer has read last is five times
+// slower to write than one that has left the peer's cache meanwhile (notes/0031). Small ones stay where they are: they
+// are bound by latency.
+class Slots {
+ public:
+  void open(std::uint32_t round, std::size_t nbytes) {
+    if (nbytes <= kSmallSlotBytes) {
+      at_[round & 1] = (round & 1) * kSmallSlotBytes;
+      return;
+    }
+    // After a turn back to the start, the slot before this one begins at least a slot's length from there.
+    if (end_ + nbytes > kSlotsBytes) end_ = 2 * kSmallSlotBytes;
+    at_[round & 1] = end_;
+    end_ = round_up(end_ + nbytes, kLine);
+  }
+  std::size_t operator[](std::uint32_t round) const { return at_[round & 1]; }
+
+ private:
+  std::size_t at_[2] = {0, kSmallSlotBytes}, end_ = 2 * kSmallSlotBytes;
+};
+static_assert(kSlotsBytes >= 3 * (kSlotBytes + kLine) + 2 * kSmallSlotBytes);
+
 struct Layout {
   int size;
   constexpr std::size_t control() const { return round_up(sizeof(Header), kPage); }
-  constexpr std::size_t out_bytes() const { return round_up(share_bytes(kSlotBytes, size), kPage); }
-  constexpr std::size_t rank_bytes() const { return 2 * (kSlotBytes + out_bytes()); }
   constexpr std::size_t slots() const { return control() + round_up(sizeof(Control) * std::size_t(size), kPage); }
-  constexpr std::size_t rings() const { return slots() + std::size_t(size) * rank_bytes(); }
+  constexpr std::size_t rings() const { return slots() + std::size_t(size) * kSlotsBytes; }
   constexpr std::size_t bytes() const { return rings() + std::size_t(size) * std::size_t(size) * sizeof(Ring); }
   // Differs whenever two builds would disagree about any offset.
   constexpr std::uint64_t hash() const {
-    return (((sizeof(Header) * 31 + sizeof(Control)) * 31 + sizeof(Ring)) * 31 + kSlotBytes) * 31 + FCOMM_ABI;
+    return (((sizeof(Header) * 31 + sizeof(Control)) * 31 + sizeof(Ring)) * 31 + kSlotsBytes) * 31 + FCOMM_ABI;
   }
 };
 

@@ -22,14 +22,14 @@ fcomm_status agree_on_sizes(fcomm_comm &c, std::uint64_t print, const Blocks &se
   int culprit = -1;
   most = 0;
   const fcomm_status s = rounds(
-      c, print, 1,
+      c, print, 1, 2 * sizeof(std::uint64_t) * std::size_t(c.size),
       [&](std::size_t) {
-        auto *mine = reinterpret_cast<std::uint64_t *>(c.in_slot(c.rank, filling(c)));
+        auto *mine = reinterpret_cast<std::uint64_t *>(c.slot(c.rank, filling(c)));
         for (int p = 0; p < c.size; ++p) mine[p] = sent[p].nbytes(), mine[c.size + p] = received[p].nbytes();
       },
       [&](std::size_t) {
         const auto sizes = [&](int p) {
-          return Sizes{reinterpret_cast<const std::uint64_t *>(c.in_slot(p, c.round)), c.size};
+          return Sizes{reinterpret_cast<const std::uint64_t *>(c.slot(p, c.round)), c.size};
         };
         for (int from = 0; from < c.size; ++from)
           for (int to = 0; to < c.size; ++to) {
@@ -48,10 +48,10 @@ fcomm_status exchange(fcomm_comm &c, std::uint64_t print, const Blocks &sent, co
   const std::size_t part = part_bytes(c, most * std::size_t(c.size));
   const bool stream = past_caches(c, sent.total() + received.total());
   const auto part_for = [&](int to, int from, std::uint32_t r) {
-    return c.in_slot(from, r) + std::size_t(to) * part;
+    return c.slot(from, r) + std::size_t(to) * part;
   };
   const fcomm_status s = rounds(
-      c, print, pieces(most, part),
+      c, print, pieces(most, part), part * std::size_t(c.size),
       [&](std::size_t k) {
         for (int p = 0; p < c.size; ++p) {
           const Span s = span(sent[p].nbytes(), part, k);
@@ -80,10 +80,10 @@ fcomm_status collect(fcomm_comm &c, std::uint64_t print, const void *in, const B
   const Block own = contiguous(in, received[c.rank].nbytes());
   const bool stream = past_caches(c, own.nbytes() + received.total());
   const fcomm_status s = rounds(
-      c, print, pieces(received.most(), chunk),
+      c, print, pieces(received.most(), chunk), std::min(chunk, received.most()),
       [&](std::size_t k) {
         const Span s = span(own.nbytes(), chunk, k);
-        if (sends) copy_in(c, c.in_slot(c.rank, filling(c)), own.base + s.at, s.nbytes);
+        if (sends) copy_in(c, c.slot(c.rank, filling(c)), own.base + s.at, s.nbytes);
       },
       [&](std::size_t k) {
         for (int i = 0; receives && i < c.size; ++i) {
@@ -92,7 +92,7 @@ fcomm_status collect(fcomm_comm &c, std::uint64_t print, const void *in, const B
           if (p == c.rank)
             transfer(received[p], s.at, own, s.at, s.nbytes, stream);
           else
-            transfer(received[p], s.at, contiguous(c.in_slot(p, c.round), chunk), 0, s.nbytes, stream);
+            transfer(received[p], s.at, contiguous(c.slot(p, c.round), chunk), 0, s.nbytes, stream);
         }
       });
   stream_fence();
@@ -107,15 +107,15 @@ fcomm_status pass_on(fcomm_comm &c, std::uint64_t print, const void *in_, void *
   const std::size_t chunk = chunk_bytes(nbytes);
   const bool stream = past_caches(c, 2 * nbytes);
   const fcomm_status s = rounds(
-      c, print, pieces(nbytes, chunk),
+      c, print, pieces(nbytes, chunk), std::min(chunk, nbytes),
       [&](std::size_t k) {
         const Span s = span(nbytes, chunk, k);
-        if (sends) copy_in(c, c.in_slot(c.rank, filling(c)), in + s.at, s.nbytes);
+        if (sends) copy_in(c, c.slot(c.rank, filling(c)), in + s.at, s.nbytes);
       },
       [&](std::size_t k) {
         const Span s = span(nbytes, chunk, k);
         if (source >= 0)
-          copy(out + s.at, source == c.rank ? in + s.at : c.in_slot(source, c.round), s.nbytes, stream);
+          copy(out + s.at, source == c.rank ? in + s.at : c.slot(source, c.round), s.nbytes, stream);
         else if (s.nbytes)
           std::memset(out + s.at, 0, s.nbytes);
       });
@@ -155,10 +155,11 @@ fcomm_status fcomm_scatter(const void *in, fcomm_blocks matrix, void *out, int r
   const bool stream = past_caches(c, 2 * own.nbytes());
   const fcomm_status s = rounds(
       c, fingerprint(Kind::kScatter, tag, sent.total(), 0, 0, root), pieces(sent.most(), part),
+      part * std::size_t(c.size),
       [&](std::size_t k) {
         for (int p = 0; c.rank == root && p < c.size; ++p) {
           const Span s = span(sent[p].nbytes(), part, k);
-          char *to = c.in_slot(root, filling(c)) + std::size_t(p) * part;
+          char *to = c.slot(root, filling(c)) + std::size_t(p) * part;
           if (p != root) transfer_in(c, to, sent[p], s.at, s.nbytes);
         }
       },
@@ -167,7 +168,7 @@ fcomm_status fcomm_scatter(const void *in, fcomm_blocks matrix, void *out, int r
         if (c.rank == root)
           transfer(own, s.at, sent[root], s.at, s.nbytes, stream);
         else
-          copy(own.base + s.at, c.in_slot(root, c.round) + std::size_t(c.rank) * part, s.nbytes, stream);
+          copy(own.base + s.at, c.slot(root, c.round) + std::size_t(c.rank) * part, s.nbytes, stream);
       });
   stream_fence();
   return s;
@@ -211,5 +212,5 @@ fcomm_status fcomm_barrier(uint64_t tag, fcomm_comm *comm) {
   Call call(comm);
   if (call.status) return call.status;
   const auto nothing = [](std::size_t) {};
-  return rounds(*comm, fingerprint(Kind::kBarrier, tag, 0), 1, nothing, nothing);
+  return rounds(*comm, fingerprint(Kind::kBarrier, tag, 0), 1, 0, nothing, nothing);
 }

@@ -1,7 +1,5 @@
 // all_reduce, reduce, scan and reduce_scatter. Every result is a fold in rank order, made by one rank or by every rank
 // with the same instructions, so all ranks hold the same bits.
-#include <initializer_list>
-
 #include "blocks.h"
 #include "rounds.h"
 
@@ -16,22 +14,23 @@ struct Arithmetic {
   void fold(char *out, const void *const *in, int n, std::size_t nbytes) const {
     reduce(out, in, n, nbytes / width, divisor);
   }
-  // The same, to one or two places at once and past the caches or not: by way of a block that stays in the first-level
-  // cache, for the kernels store in the ordinary way and to one place.
+  // The same, to one or two places at once, past the caches or not; a place may be NULL. The kernels store in the ordinary
+  // way and to one place: what goes elsewhere is copied in blocks that the first-level cache still holds.
   struct Place {
     char *to;
     bool stream;
   };
-  void fold(std::initializer_list<Place> places, const void *const *in, int n, std::size_t nbytes) const {
+  void fold(Place a, Place b, const void *const *in, int n, std::size_t nbytes) const {
     constexpr std::size_t kBlock = 8 << 10;
     alignas(64) char block[kBlock];
     const void *rest[FCOMM_MAX_RANKS];
     for (std::size_t at = 0; at < nbytes; at += kBlock) {
       const std::size_t m = std::min(kBlock, nbytes - at);
       for (int p = 0; p < n; ++p) rest[p] = static_cast<const char *>(in[p]) + at;
-      fold(block, rest, n, m);
-      for (const Place &place : places)
-        if (place.to) copy(place.to + at, block, m, place.stream);
+      char *const first = a.stream ? block : a.to + at;
+      fold(first, rest, n, m);
+      if (a.stream) copy(a.to + at, block, m, true);
+      if (b.to) copy(b.to + at, first, m, b.stream);
     }
   }
 };
@@ -44,16 +43,22 @@ bool arithmetic(Arithmetic &a, const fcomm_comm &c, int dtype, int op) {
 
 bool is_rank(const fcomm_comm &c, int root) { return root >= 0 && root < c.size; }
 
-// One synchronisation: every rank reads every slot. out is NULL where the result is not wanted.
-fcomm_status one_shot(fcomm_comm &c, std::uint64_t print, const char *in, char *out, std::size_t nbytes,
-                      const Arithmetic &a) {
+// One phase: every rank reads every slot. out is NULL where the result is not wanted.
+fcomm_status one_phase(fcomm_comm &c, std::uint64_t print, const char *in, char *out, std::size_t nbytes,
+                       const Arithmetic &a) {
+  const std::size_t chunk = chunk_bytes(nbytes);
   return rounds(
-      c, print, 1, [&](std::size_t) { copy_in(c, c.in_slot(c.rank, filling(c)), in, nbytes); },
-      [&](std::size_t) {
-        if (!out) return;
+      c, print, pieces(nbytes, chunk), std::min(chunk, nbytes),
+      [&](std::size_t k) {
+        const Span s = span(nbytes, chunk, k);
+        copy_in(c, c.slot(c.rank, filling(c)), in + s.at, s.nbytes);
+      },
+      [&](std::size_t k) {
+        const Span s = span(nbytes, chunk, k);
+        if (!out || !s.nbytes) return;
         const void *from[FCOMM_MAX_RANKS];
-        for (int p = 0; p < c.size; ++p) from[p] = p == c.rank ? in : c.in_slot(p, c.round);
-        a.fold(out, from, c.size, nbytes);
+        for (int p = 0; p < c.size; ++p) from[p] = p == c.rank ? in + s.at : c.slot(p, c.round);
+        a.fold(out + s.at, from, c.size, s.nbytes);
       });
 }
 
@@ -69,12 +74,12 @@ fcomm_status two_phase(fcomm_comm &c, std::uint64_t print, const char *in, char 
     return Span{whole.at + s.at, s.nbytes};
   };
   return rounds(
-      c, print, n + 1,
+      c, print, n + 1, chunk + share_bytes(chunk, c.size),
       [&](std::size_t k) {
         const std::uint32_t r = filling(c);
         if (k < n) {
           const Span whole = span(nbytes, chunk, k), own = share(whole, c.rank);
-          char *to = c.in_slot(c.rank, r);
+          char *to = c.slot(c.rank, r);
           const std::size_t before = own.at - whole.at, after = before + own.nbytes;
           copy_in(c, to, in + whole.at, before);
           copy_in(c, to + after, in + whole.at + after, whole.nbytes - after);
@@ -83,8 +88,8 @@ fcomm_status two_phase(fcomm_comm &c, std::uint64_t print, const char *in, char 
           const Span whole = span(nbytes, chunk, k - 1), own = share(whole, c.rank);
           const void *from[FCOMM_MAX_RANKS];
           for (int p = 0; p < c.size; ++p)
-            from[p] = p == c.rank ? in + own.at : c.in_slot(p, r - 1) + (own.at - whole.at);
-          a.fold({{c.out_slot(c.rank, r), c.writing.past}, {out ? out + own.at : nullptr, stream}}, from, c.size,
+            from[p] = p == c.rank ? in + own.at : c.slot(p, r - 1) + (own.at - whole.at);
+          a.fold({c.slot(c.rank, r) + chunk, c.writing.past}, {out ? out + own.at : nullptr, stream}, from, c.size,
                  own.nbytes);
           stream_fence();
         }
@@ -95,16 +100,18 @@ fcomm_status two_phase(fcomm_comm &c, std::uint64_t print, const char *in, char 
         for (int i = 1; i < c.size; ++i) {
           const int p = (c.rank + i) % c.size;  // not all ranks at one peer
           const Span s = share(whole, p);
-          copy(out + s.at, c.out_slot(p, c.round), s.nbytes, stream);
+          copy(out + s.at, c.slot(p, c.round) + chunk, s.nbytes, stream);
         }
       });
 }
 
 fcomm_status all_reduce(fcomm_comm &c, std::uint64_t print, const void *in, void *out, std::size_t nbytes,
                         const Arithmetic &a) {
-  // Reading every slot costs size * nbytes against twice nbytes and a second synchronisation.
-  const std::size_t small = std::max<std::size_t>(4 << 10, (64 << 10) / std::size_t(c.size));
-  const auto way = nbytes <= small ? one_shot : two_phase;
+  // One phase reads size * nbytes, two read twice nbytes and wait once more. Between two ranks the second phase pays only
+  // when the message comes from memory, and reading one's own half of it twice would cost more than waiting.
+  const std::size_t small = std::max<std::size_t>(4 << 10, (512 << 10) / std::size_t(c.size * c.size));
+  const bool one = nbytes <= small || (c.size == 2 && !past_caches(c, 2 * nbytes));
+  const auto way = one ? one_phase : two_phase;
   const fcomm_status s = way(c, print, static_cast<const char *>(in), static_cast<char *>(out), nbytes, a);
   stream_fence();
   return s;
@@ -153,16 +160,17 @@ fcomm_status fcomm_scan(const void *in_, void *out_, size_t count, int dtype, in
   const bool wanted = c.rank != c.size - 1 - first;
   return rounds(
       c, fingerprint(Kind::kScan, tag, nbytes, dtype, op, exclusive * 2 + reverse), pieces(nbytes, chunk),
+      std::min(chunk, nbytes),
       [&](std::size_t k) {
         const Span s = span(nbytes, chunk, k);
-        if (wanted) copy_in(c, c.in_slot(c.rank, filling(c)), in + s.at, s.nbytes);
+        if (wanted) copy_in(c, c.slot(c.rank, filling(c)), in + s.at, s.nbytes);
       },
       [&](std::size_t k) {
         const Span s = span(nbytes, chunk, k);
         const void *from[FCOMM_MAX_RANKS];
         for (int i = 0; i < terms; ++i) {
           const int p = first + i * step;
-          from[i] = p == c.rank ? in + s.at : c.in_slot(p, c.round);
+          from[i] = p == c.rank ? in + s.at : c.slot(p, c.round);
         }
         if (terms && s.nbytes)
           a.fold(out + s.at, from, terms, s.nbytes);
@@ -183,9 +191,10 @@ fcomm_status fcomm_reduce_scatter(const void *in, fcomm_blocks matrix, void *out
   char *out = static_cast<char *>(out_);
   const std::size_t part = part_bytes(c, sent.total());
   const bool stream = past_caches(c, sent.total() + own.nbytes());
-  const auto part_of = [&](int owner, int p, std::uint32_t r) { return c.in_slot(p, r) + std::size_t(owner) * part; };
+  const auto part_of = [&](int owner, int p, std::uint32_t r) { return c.slot(p, r) + std::size_t(owner) * part; };
   const fcomm_status status = rounds(
       c, fingerprint(Kind::kReduceScatter, tag, sent.total(), dtype, op), pieces(sent.most(), part),
+      part * std::size_t(c.size),
       [&](std::size_t k) {
         for (int j = 0; j < c.size; ++j) {
           // The kernels read contiguous memory: a strided block of our own takes the way of the peers'.
@@ -199,10 +208,7 @@ fcomm_status fcomm_reduce_scatter(const void *in, fcomm_blocks matrix, void *out
         const void *from[FCOMM_MAX_RANKS];
         for (int p = 0; p < c.size; ++p)
           from[p] = p == c.rank && own.contiguous() ? own.base + s.at : part_of(c.rank, p, c.round);
-        if (stream)
-          a.fold({{out + s.at, true}}, from, c.size, s.nbytes);
-        else if (s.nbytes)
-          a.fold(out + s.at, from, c.size, s.nbytes);
+        a.fold({out + s.at, stream}, {nullptr, false}, from, c.size, s.nbytes);
       });
   stream_fence();
   return status;

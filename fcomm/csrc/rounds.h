@@ -20,13 +20,15 @@ inline std::uint64_t fingerprint(Kind kind, std::uint64_t tag, std::size_t nbyte
   return mix(mix(tag, what), nbytes);
 }
 
-// fill(k) writes own slots of round filling(c); drain(k) reads the peers' slots of round c.round. At least one round
-// runs, so that the ranks meet and compare fingerprints even when there is nothing to move.
+// fill(k) writes slot_bytes, the same at all ranks, of this rank's slot of round filling(c); drain(k) reads the peers'
+// slots of round c.round. At least one round runs, so that the ranks meet and compare fingerprints even when there is
+// nothing to move.
 template <class Fill, class Drain>
-fcomm_status rounds(fcomm_comm &c, std::uint64_t fingerprint, std::size_t n, Fill fill, Drain drain,
-                    bool opened = false) {
+fcomm_status rounds(fcomm_comm &c, std::uint64_t fingerprint, std::size_t n, std::size_t slot_bytes, Fill fill,
+                    Drain drain, bool opened = false) {
   for (std::size_t k = 0; k == 0 || k < n; ++k) {
     FCOMM_FAULT(c, "fill");
+    c.slots.open(filling(c), slot_bytes);
     fill(k);
     if (const fcomm_status s = opened || k ? next_round(c) : open_round(c, fingerprint)) return s;
     FCOMM_FAULT(c, "drain");
@@ -48,8 +50,8 @@ inline std::size_t pieces(std::size_t nbytes, std::size_t piece) { return (nbyte
 // Bytes of a slot that one round of a message uses: long enough to hide the round's synchronisation, short enough that
 // copying in, reducing and copying out overlap among the ranks and that slots stay in the second-level cache.
 inline std::size_t chunk_bytes(std::size_t nbytes) {
-  constexpr std::size_t kLeast = 64 << 10, kRounds = 16;
-  return std::clamp(round_up(nbytes / kRounds, 64), kLeast, kSlotBytes);
+  constexpr std::size_t kLeast = 128 << 10, kRounds = 8;
+  return std::clamp(round_up(nbytes / kRounds, 64), kLeast, kChunkBytes);
 }
 
 // The same shared out to all ranks: whole lines, so whole elements.

@@ -4,6 +4,7 @@
 #include <random>
 
 #include "harness.h"
+#include "layout.h"
 #include "kernels.h"
 
 namespace {
@@ -161,7 +162,7 @@ void plain_moves(fcomm_comm *c, int rank, int size, std::size_t n, unsigned seed
   CHECK(fcomm_barrier(n, c) == FCOMM_OK);
 }
 
-constexpr std::size_t kChunk = 64 << 10, kSlot = 512 << 10;
+constexpr std::size_t kChunk = 128 << 10, kSlot = fcomm::kChunkBytes;
 
 void everything(fcomm_comm *c, int rank, int size) {
   const std::size_t n = std::size_t(size);
@@ -224,9 +225,29 @@ void back_to_back(fcomm_comm *c, int rank, int size, int n) {
   }
 }
 
+// Slots of any sizes, in any order: each within its rank's share, none over the one before; and the large ones walk.
+void slots_of_neighbouring_rounds_are_apart() {
+  doing = "laying out slots";
+  std::mt19937 random(5);
+  fcomm::Slots slots;
+  std::size_t last_at = 0, last_nbytes = 0, furthest = 0;
+  for (std::uint32_t round = std::uint32_t(-50'000); round != 50'000; ++round) {
+    const std::size_t most = round / 64 % 3 == 0 ? fcomm::kSmallSlotBytes : fcomm::kSlotBytes;
+    const std::size_t nbytes = random() % 5 ? random() % (most + 1) : most;
+    slots.open(round, nbytes);
+    const std::size_t at = slots[round];
+    CHECK(at % fcomm::kLine == 0 && at + nbytes <= fcomm::kSlotsBytes);
+    CHECK(at + nbytes <= last_at || last_at + last_nbytes <= at || nbytes == 0 || last_nbytes == 0);
+    CHECK(slots[round - 1] == last_at || round == std::uint32_t(-50'000));
+    last_at = at, last_nbytes = nbytes, furthest = std::max(furthest, at + nbytes);
+  }
+  CHECK(furthest > fcomm::kSlotsBytes - fcomm::kSlotBytes);
+}
+
 }  // namespace
 
 void collectives_suite() {
+  slots_of_neighbouring_rounds_are_apart();
   for (const int size : {2, 3, 4}) {
     const World world{size};
     as_threads(world, [&](fcomm_comm *c, int rank) { everything(c, rank, size); });

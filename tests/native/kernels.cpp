@@ -222,7 +222,7 @@ void copies(const fcomm::Kernels &table) {
 void kernels_suite() {
   std::mt19937_64 random(5);
   int tables = 0;
-  for (const char *name : {"sse2", "avx2", "baseline"}) {
+  for (const char *name : {"sse2", "avx2", "avx512", "baseline"}) {
     const fcomm::Kernels *table = fcomm::kernels_named(name);
     if (!table) continue;
     ++tables;
