@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import CASES
-from matrix import COLLECTIVES, record
+from matrix import COLLECTIVES, FIRST, SAMPLE, record
 from torch import Tensor
 
 import fcomm
@@ -16,9 +16,6 @@ from fcomm.testing import TRANSFORMS, check_case, run_ranks
 
 Record = Callable[[str, object], None]
 ALL = tuple(TRANSFORMS)
-FIRST = tuple(next(case.id for case in CASES.values() if case.name == name) for name in COLLECTIVES)
-# Of the transforms, in every run: the kernels of the forward, of both derivatives, of a batch, and one in the other.
-COMPILED = ("forward", "grad", "jvp", "vmap", "vmap of grad")
 
 
 def check(world: Group, ids: tuple[str, ...], transforms: tuple[str, ...], compiler: str | None = None) -> list[str]:
@@ -39,13 +36,13 @@ def checked(
     record(record_property, [CASES[id] for id in ids], "c10d", compiled=compiler is not None, transforms=transforms)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_every_case_under_every_transform(size: int, record_property: Record) -> None:
     checked(record_property, size, tuple(CASES))
 
 
 def test_compiled(record_property: Record) -> None:
-    checked(record_property, 2, FIRST, COMPILED, "aot_eager")
+    checked(record_property, 2, FIRST, SAMPLE, "aot_eager")
 
 
 @pytest.mark.long

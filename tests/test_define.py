@@ -145,7 +145,9 @@ def _checked(world: fcomm.Group, compiler: str | None) -> list[str]:
     return check_case(MASKED_MEAN, fcomm.c10d, world, compiler=compiler)
 
 
-@pytest.mark.parametrize(("size", "compiler"), [(2, None), (3, None), (2, "aot_eager")])
+@pytest.mark.parametrize(
+    ("size", "compiler"), [(2, None), (3, None), pytest.param(2, "aot_eager", marks=pytest.mark.long)]
+)
 def test_it_in_processes(size: int, compiler: str | None) -> None:
     run_ranks(_checked, size, compiler, timeout_s=300)
 

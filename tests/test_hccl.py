@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cases import CASES
 from doubles import build
+from matrix import FIRST
 from vendors import (
     DOUBLES,
     all_dtypes,
@@ -26,14 +26,14 @@ from fcomm.testing import TRANSFORMS, run_ranks
 DOUBLE, SPLIT = "hccl", "hccl-split"
 # Three ranks tell a permutation from its inverse; these transforms reach every lowering forwards and backwards.
 FEW = ("forward", "vjp", "jvp", "vmap of grad")
-FIRST = [next(id for id, case in CASES.items() if case.name == name) for name in {c.name: 0 for c in CASES.values()}]
 
 
+@pytest.mark.long  # test_nccl.py does it in every run; what differs is below the lowerings' shared parts
 def test_every_case_under_every_transform() -> None:
     run_ranks(check, 2, DOUBLE, sized(2), tuple(TRANSFORMS), timeout_s=400)
 
 
-@pytest.mark.parametrize("double", [DOUBLE, SPLIT])
+@pytest.mark.parametrize("double", [DOUBLE, pytest.param(SPLIT, marks=pytest.mark.long)])
 def test_every_case_on_three_ranks(double: str) -> None:
     run_ranks(check, 3, double, sized(3), FEW, timeout_s=400)
 

@@ -9,19 +9,25 @@ from collections.abc import Callable
 
 import pytest
 from cases import CASES
-from matrix import COLLECTIVES, record
+from matrix import FIRST, SAMPLE, record
 
 import fcomm
-from fcomm.testing import check_case
+from fcomm.testing import TRANSFORMS, check_case
 
 Record = Callable[[str, object], None]
 
 
-def check(case_id: str, size: int, record_property: Record, compiler: str | None = None) -> None:
+def check(
+    case_id: str,
+    size: int,
+    record_property: Record,
+    transforms: tuple[str, ...] = tuple(TRANSFORMS),
+    compiler: str | None = None,
+) -> None:
     case = CASES[case_id]
-    failures = check_case(case, fcomm.sim, fcomm.axis(case.name, size), compiler=compiler)
+    failures = check_case(case, fcomm.sim, fcomm.axis(case.name, size), transforms, compiler=compiler)
     assert not failures, "\n".join(failures)
-    record(record_property, [case], "sim", compiled=compiler is not None)
+    record(record_property, [case], "sim", compiled=compiler is not None, transforms=transforms)
 
 
 @pytest.mark.parametrize(("case_id", "size"), [(c.id, n) for c in CASES.values() for n in c.sizes])
@@ -29,12 +35,14 @@ def test_eager(case_id: str, size: int, record_property: Record) -> None:
     check(case_id, size, record_property)
 
 
-# Three ranks: with two, a permutation is its own inverse. The first case of each collective is compiled in every run.
-FIRST = [next(case.id for case in CASES.values() if case.name == name) for name in COLLECTIVES]
-REST = [pytest.param(case_id, marks=pytest.mark.long) for case_id in CASES if case_id not in FIRST]
+# Three ranks: with two, a permutation is its own inverse.
+@pytest.mark.parametrize("case_id", FIRST)
+def test_sample_compiled(case_id: str, record_property: Record) -> None:
+    check(case_id, 3, record_property, SAMPLE, "aot_eager")
 
 
-@pytest.mark.parametrize("case_id", [*FIRST, *REST])
+@pytest.mark.long
+@pytest.mark.parametrize("case_id", CASES)
 def test_compiled(case_id: str, record_property: Record) -> None:
     check(case_id, 3, record_property, compiler="aot_eager")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cases import CASES
 from doubles import build
+from matrix import FIRST
 from vendors import (
     DOUBLES,
     all_dtypes,
@@ -26,7 +26,6 @@ from fcomm.testing import TRANSFORMS, run_ranks
 DOUBLE, OLD = "nccl", "nccl-2.21"
 # Three ranks tell a permutation from its inverse; these transforms reach every lowering forwards and backwards.
 FEW = ("forward", "vjp", "jvp", "vmap of grad")
-FIRST = [next(id for id, case in CASES.items() if case.name == name) for name in {c.name: 0 for c in CASES.values()}]
 
 
 def test_every_case_under_every_transform() -> None:

@@ -158,6 +158,7 @@ def output_of(command: list[str], tmp_path: Path, *arguments: str) -> str:
 BOTH = ["rank 0 of 2: 3", "rank 1 of 2: 3"]
 
 
+@pytest.mark.long
 def test_torchrun_restarts_a_failed_rank(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--monitor-interval", "0.1"]
     output = output_of([*torchrun, "--max-restarts", "1"], tmp_path, "--fail-once")
@@ -539,8 +540,8 @@ def exits(world: Group, times: int) -> list[str]:
     return failures
 
 
-def test_twenty_processes_end_with_and_without_closing() -> None:
-    run_ranks(exits, 2, 10)
+def test_eight_processes_end_with_and_without_closing() -> None:
+    run_ranks(exits, 2, 4)
 
 
 @pytest.mark.long
