@@ -16,6 +16,7 @@ from vendors import (
     one_communicator,
     one_rank,
     sized,
+    uneven_natives,
     uneven_sizes_that_differ,
 )
 
@@ -75,7 +76,8 @@ def test_which_symbols_collectives_call() -> None:
     elsewhere = {
         *("HcclCommInitRootInfo", "HcclCommSuspend", "HcclCommResume", "HcclGetErrorString", "HcclGetCommName"),
         *("HcclGetRankSize", "HcclGetRankId", "HcclSetConfig", "HcclGetConfig"),
-        *("HcclAllGatherV", "HcclReduceScatterV", "HcclAlltoAllVC"),
+        "HcclReduceScatterV",
+        "HcclAlltoAllVC",
     }
     results = run_ranks(called, 3, DOUBLE, tuple(hccl.SYMBOLS), timeout_s=200)
     sums = {s: sum(r["counts"][s] for r in results) for s in hccl.SYMBOLS}
@@ -85,6 +87,11 @@ def test_which_symbols_collectives_call() -> None:
     assert [r["live"] for r in results] == [3, 3, 3]
     assert [r["left"] for r in results] == [0, 0, 0]
     assert sums["HcclGetRootInfo"] == 1 + 3
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_blocks_of_different_lengths_take_the_library_s_own_calls(size: int) -> None:
+    run_ranks(uneven_natives, size, DOUBLE, ("HcclAllGatherV", "HcclReduceScatterV"))
 
 
 def test_collectives_share_one_communicator_for_each_group() -> None:

@@ -160,6 +160,24 @@ def called(world: fcomm.Group, double: str, symbols: tuple[str, ...]) -> dict[st
     return {"counts": counts, "live": live, "left": control(double).double_live(), "failures": failures}
 
 
+def uneven_natives(world: fcomm.Group, double: str, symbols: tuple[str, str]) -> list[object]:
+    """Blocks of lengths 0, 1, 2, .. gathered and folded by the library's own calls, of those dtypes that it takes."""
+    on, n, rank, failures = backend(double), world.size, world.rank or 0, []
+    sizes, before = list(range(n)), [calls(double, symbol) for symbol in symbols]
+    dtypes = (torch.float32, torch.int16, torch.complex64)
+    for dtype in dtypes:
+        blocks = [torch.arange(2 * d).to(dtype).reshape(2, d) + r for r, d in enumerate(sizes)]
+        y = fcomm.all_gather(blocks[rank], world, on, dim=1, sizes=sizes)
+        failures += [] if torch.equal(y, torch.cat(blocks, 1)) else [f"all_gather of {dtype}: {y}"]
+        wholes = [torch.cat(blocks, 1) * (r + 1) for r in range(n)]
+        y = fcomm.reduce_scatter(wholes[rank], world, on, dim=1, sizes=sizes)
+        expected = torch.stack(wholes).sum(0).to(dtype).split(sizes, 1)[rank]
+        failures += [] if torch.equal(y, expected) else [f"reduce_scatter of {dtype}: {y}, not {expected}"]
+        fcomm.all_gather(blocks[0], world, on, dim=1, sizes=[0] * n)
+    made = [calls(double, symbol) - b for symbol, b in zip(symbols, before, strict=True)]
+    return failures + ([] if made == [len(dtypes)] * 2 else [f"native calls: {made}"])
+
+
 def one_communicator(world: fcomm.Group, double: str) -> list[object]:
     on, x, seen = backend(double), torch.arange(4.0), []
     rows = fcomm.axis_index(world, on).new_zeros(world.size)

@@ -355,6 +355,23 @@ def _blocks(counts: Sequence[int]) -> tuple[Any, Any]:
     return numbers(*counts), numbers(*accumulate(counts[:-1], initial=0))
 
 
+def _all_gather_uneven(c: Comm, x: Tensor, y: Tensor, counts: list[int]) -> None:
+    n = x.numel()
+    x = x if n else x.new_empty(1)  # as above
+    c.library.call(
+        "HcclAllGatherV", x.data_ptr(), n, y.data_ptr(), *_blocks(counts), DTYPES[x.dtype], c.handle, c.stream
+    )
+
+
+def _reduce_scatter_uneven(c: Comm, x: Tensor, counts: list[int], y: Tensor, op: str) -> None:
+    n = y.numel()
+    y = y if n else y.new_empty(1)
+    c.library.call(
+        *("HcclReduceScatterV", x.data_ptr(), *_blocks(counts), y.data_ptr(), n, DTYPES[x.dtype], OPS[op]),
+        *(c.handle, c.stream),
+    )
+
+
 def _permute(c: Comm, x: Tensor, y: Tensor, dst: int | None, src: int | None) -> None:
     _together(c, {} if dst is None else {dst: x}, {} if src is None else {src: y})
 
@@ -435,6 +452,9 @@ def _machine(name: str, get: Callable[[], Library]) -> Machine:
         send=_send,
         recv=_recv,
         barrier=_barrier,
+        uneven={"all_gather": "HcclAllGatherV", "reduce_scatter": "HcclReduceScatterV"},
+        all_gather_uneven=_all_gather_uneven,
+        reduce_scatter_uneven=_reduce_scatter_uneven,
     )
 
 

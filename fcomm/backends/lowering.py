@@ -193,10 +193,18 @@ def _reduce_scatter(
 ) -> Tensor:
     n, rank, name = group.size, group.rank or 0, "reduce_scatter"
     if sizes is not None:
-        # Blocks of their own lengths, then one fold: NCCL has no uneven form, HCCL's refuses prod and some dtypes.
         _agree_on(m, name, "sizes", group, x, sizes)
         packed, sends = _pack(x, sizes, dim)
         shape = (*x.shape[:dim], sizes[rank], *x.shape[dim + 1 :])
+        native = _native(m, x.dtype, op) if op != "prod" and m.has_uneven(name) else None  # HCCL's refuses prod
+        if native is not None and packed.numel():
+            wire, wire_op = native
+            y = x.new_empty(shape)
+            sent, received = _as(wire, packed), _as(wire, y)
+            counts = [d * sent.numel() // packed.numel() for d in sends]
+            _call(m, name, x, group, lambda c: m.reduce_scatter_uneven(c, sent, counts, received, wire_op))
+            return _divided(y, op, n)
+        # Blocks of their own lengths, then one fold.
         got = _exchange(m, name, group, packed, sends, [prod(shape)] * n)
         return fold([block.reshape(shape) for block in got.split([prod(shape)] * n)], op)
     rows = _stack_blocks(x, dim, n) if tiled else x.movedim(dim, 0).contiguous()
@@ -216,6 +224,14 @@ def _reduce_scatter(
 def _all_gather(m: Machine, x: Tensor, group: Group, *, dim: int, tiled: bool, sizes: Sequence[int] | None) -> Tensor:
     if sizes is not None:
         _agree_on(m, "all_gather", "sizes", group, x, sizes)
+        shapes = [(*x.shape[:dim], d, *x.shape[dim + 1 :]) for d in sizes]
+        if m.has_uneven("all_gather") and any(map(prod, shapes)):
+            y = x.new_empty(sum(map(prod, shapes)))
+            sent, received = _flat(m, x), _flat(m, y)
+            counts = [prod(shape) * received.numel() // y.numel() for shape in shapes]
+            _call(m, "all_gather", x, group, lambda c: m.all_gather_uneven(c, sent, received, counts))
+            blocks = y.split([prod(shape) for shape in shapes])
+            return torch.cat([block.reshape(shape) for block, shape in zip(blocks, shapes, strict=True)], dim)
         # Padded to the longest: one native call, where blocks of their own lengths would be n * (n - 1) messages.
         padded = x.new_zeros((*x.shape[:dim], max(sizes), *x.shape[dim + 1 :]))
         padded.narrow(dim, 0, x.shape[dim]).copy_(x)

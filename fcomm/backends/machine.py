@@ -44,6 +44,10 @@ class Comm:
     size: int
 
 
+def _lacking(*_: Any) -> None:
+    raise FcommError("this machine has no such native; ask has_uneven first")
+
+
 @dataclass(frozen=True)
 class Machine:
     """A vendor's library as a table of functions; nccl.py and hccl.py fill the same rows in the same order.
@@ -82,6 +86,14 @@ class Machine:
     # barrier(comm, flags): two elements, for a library that has none. No native keeps its temporaries until a
     # communicator that does not block has used them, so callers own all memory.
     barrier: Callable[[Comm, Tensor], None]
+    # By collective, the symbols of the two natives that not every library has; without them blocks of different lengths
+    # are composed. all_gather_uneven(comm, x, y, counts), reduce_scatter_uneven(comm, x, counts, y, op).
+    uneven: Mapping[str, str] = field(default_factory=dict)
+    all_gather_uneven: Callable[[Comm, Tensor, Tensor, list[int]], None] = _lacking
+    reduce_scatter_uneven: Callable[[Comm, Tensor, list[int], Tensor, str], None] = _lacking
+
+    def has_uneven(self, name: str) -> bool:
+        return name in self.uneven and self.uneven[name] in self.library()
 
 
 @dataclass
