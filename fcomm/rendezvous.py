@@ -205,7 +205,13 @@ def from_process_group(
     ranks = tuple(dist.get_process_group_ranks(pg))
     _check_free("from_process_group", name)
     prefix = f"fcomm/pg/{pg.group_name}/{name}/{digest(ranks)}"
-    store = dist.PrefixStore(_epoch(prefix, _EPOCHS), pg.get_group_store())
+    of_pg = pg.get_group_store()
+    if of_pg is None:
+        raise FcommError(
+            f"from_process_group: '{name}' is a ProcessGroup without a store, as those of threads are; ranks are "
+            "processes, or those of a simulated axis: fcomm.simulate"
+        )
+    store = dist.PrefixStore(_epoch(prefix, _EPOCHS), of_pg)
     return _register(Group(name, ranks, pg.rank()), store, timeout_s, pg)
 
 

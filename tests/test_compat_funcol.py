@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as theirs
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fcomm
 from fcomm.compat import funcol, megatron
@@ -185,6 +187,40 @@ def uneven_and_others(world: fcomm.Group) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_uneven_and_others(size: int) -> None:
     run_ranks(uneven_and_others, size)
+
+
+def fake_process_group(_: fcomm.Group) -> None:
+    # test_functional_api.py traces, and runs, on torch's backend of one process that stands for all.
+    dist.init_process_group("fake", rank=0, world_size=4)
+    world, grid = dist.group.WORLD, init_device_mesh("cpu", (2, 2))
+    x = torch.ones(4, 8, requires_grad=True)
+    for call, shape in (
+        (lambda x: funcol.all_reduce(x, "sum", world), (4, 8)),
+        (lambda x: funcol.all_reduce(x, "max", (grid, 0)), (4, 8)),
+        (lambda x: funcol.all_gather_tensor(x, 1, world), (4, 32)),
+        (lambda x: funcol.reduce_scatter_tensor(x, "avg", 1, world), (4, 2)),
+        (lambda x: funcol.all_to_all_single(x, None, None, world), (4, 8)),
+        (lambda x: funcol.permute_tensor(x, [1, 2, 3, 0], world), (4, 8)),
+    ):
+        y = call(x)
+        assert y.shape == shape
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert grad.shape == x.shape
+    graph = make_fx(lambda x: funcol.all_reduce(x, "sum", world) + 1)(torch.rand(4))
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert any("all_reduce" in t for t in targets)
+    assert not any(node.op == "get_attr" for node in graph.graph.nodes)
+    with (
+        patch.object(dist.ProcessGroup, "get_group_store", lambda pg: None),
+        pytest.raises(fcomm.FcommError, match="without a store, as those of threads are"),
+    ):
+        fcomm.from_process_group(world, name="threads")
+    fcomm.close()
+    dist.destroy_process_group()
+
+
+def test_fake_process_group() -> None:
+    run_ranks(fake_process_group, 1)
 
 
 @pytest.mark.parametrize(

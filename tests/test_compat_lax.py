@@ -252,3 +252,112 @@ def test_bad_arguments_are_value_errors_as_in_jax(call: Callable[[Tensor], Any],
 def test_a_missing_axis_says_so() -> None:
     with pytest.raises(FcommError, match="simulated axis"):
         lax.psum(torch.ones(2), *HANDLES)
+
+
+# --- several groups, where JAX has several axis names -------------------------------------------------------------
+
+ROWS, COLUMNS = fcomm.axis("rows", 2), fcomm.axis("columns", 3)
+BOTH = (ROWS, COLUMNS)
+FLAT = fcomm.axis("flat", 6)
+
+OVER_BOTH: dict[str, Callable[[Tensor, Any], Any]] = {
+    "all_gather": lambda x, g: lax.all_gather(x, g, fcomm.sim),
+    "all_gather axis=-1": lambda x, g: lax.all_gather(x, g, fcomm.sim, axis=-1),
+    "all_gather tiled": lambda x, g: lax.all_gather(x, g, fcomm.sim, axis=1, tiled=True),
+    "all_gather invarying": lambda x, g: lax.all_gather(x, g, fcomm.sim, axis=-1, to="invarying"),
+    "psum_scatter": lambda x, g: lax.psum_scatter(x, g, fcomm.sim, scatter_dimension=-2),
+    "psum_scatter tiled": lambda x, g: lax.psum_scatter(x, g, fcomm.sim, scatter_dimension=1, tiled=True),
+    "all_to_all": lambda x, g: lax.all_to_all(x, g, fcomm.sim, 0, 1),
+    "all_to_all one axis": lambda x, g: lax.all_to_all(x, g, fcomm.sim, 0, 0),
+    "all_to_all tiled": lambda x, g: lax.all_to_all(x, g, fcomm.sim, -1, 0, tiled=True),
+    "all_to_all tiled one axis": lambda x, g: lax.all_to_all(x, g, fcomm.sim, 1, 1, tiled=True),
+    "pswapaxes": lambda x, g: lax.pswapaxes(x, g, fcomm.sim, 0),
+    "ppermute": lambda x, g: lax.ppermute(x, g, fcomm.sim, [(0, 4), (4, 5), (5, 1), (2, 2)]),
+    "pshuffle": lambda x, g: lax.pshuffle(x, g, fcomm.sim, [5, 3, 1, 0, 2, 4]),
+    "pbroadcast": lambda x, g: lax.pbroadcast(x, g, fcomm.sim, 4),
+    "psum": lambda x, g: lax.psum(x, g, fcomm.sim),
+    "pmax": lambda x, g: lax.pmax(x, g, fcomm.sim),
+    "axis_index": lambda x, g: x + lax.axis_index(g, fcomm.sim),
+}
+
+
+@pytest.mark.parametrize("name", OVER_BOTH)
+def test_several_groups_are_one_group_of_all_their_ranks(name: str) -> None:
+    call = OVER_BOTH[name]
+    x = torch.randn(6, 6, 12, dtype=torch.float64)
+    ct = torch.randn_like(fcomm.simulate(lambda x: call(x, FLAT), FLAT)(x))
+
+    def value_and_vjp(group: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        def rank(x: Tensor, ct: Tensor) -> tuple[Tensor, Tensor]:
+            y, pull = torch.func.vjp(lambda x: call(x, group), x)
+            return y, pull(ct)[0]
+
+        return rank
+
+    expected = fcomm.simulate(value_and_vjp(FLAT), FLAT)(x, ct)
+    both = fcomm.simulate(fcomm.simulate(value_and_vjp(BOTH), COLUMNS), ROWS)
+    got = both(x.unflatten(0, (2, 3)), ct.unflatten(0, (2, 3)))
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g.flatten(0, 1), e)
+
+
+def test_several_groups_in_one_graph() -> None:
+    torch.compiler.reset()
+    x = torch.randn(2, 3, 6, 12)
+
+    def rank(x: Tensor) -> list[Tensor]:
+        return [call(x, BOTH) for call in OVER_BOTH.values()]
+
+    program = fcomm.simulate(fcomm.simulate(rank, COLUMNS), ROWS)
+    got = torch.compile(program, fullgraph=True, backend="aot_eager")(x)
+    for g, e in zip(got, program(x), strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def test_several_groups_refuse_what_does_not_fit() -> None:
+    def on_both(call: Callable[[Tensor], Any]) -> None:
+        fcomm.simulate(fcomm.simulate(call, COLUMNS), ROWS)(torch.zeros(2, 3, 4))
+
+    with pytest.raises(ValueError, match=r"x.shape\[0\] is 4; the 6 ranks of groups \['rows', 'columns'\] need 6"):
+        on_both(lambda x: lax.all_to_all(x, BOTH, fcomm.sim, 0, 0))
+    with pytest.raises(ValueError, match="need a multiple of 6"):
+        on_both(lambda x: lax.all_to_all(x, BOTH, fcomm.sim, 0, 0, tiled=True))
+    with pytest.raises(ValueError, match="'rows and columns'"):
+        on_both(lambda x: lax.ppermute(x, BOTH, fcomm.sim, [(0, 6)]))
+
+
+# --- arguments as JAX's tests write them --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        lambda p: zip(*p, strict=True),
+        lambda p: ((s, d) for s, d in zip(*p, strict=True)),
+        lambda p: [list(pair) for pair in zip(*p, strict=True)],
+        lambda p: torch.tensor(p).T.numpy(),
+    ],
+    ids=["zip", "generator", "lists", "array"],
+)
+def test_pairs_of_ppermute_in_any_iterable(pairs: Callable[[Any], Any]) -> None:
+    x = torch.arange(4.0)
+    y = on_axis(lambda x: lax.ppermute((x, 2 * x), *HANDLES, pairs(([0, 1, 2, 3], [1, 2, 3, 0]))), x)
+    assert torch.equal(y[0], x.roll(1))
+    assert torch.equal(y[1], 2 * x.roll(1))
+
+
+@pytest.mark.parametrize("name", ["input_offsets", "send_sizes", "output_offsets", "recv_sizes"])
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (torch.zeros(4), "must be integer type"),
+        (torch.zeros(1, 4, dtype=torch.int64), r"must be rank 1 with positive dimension size, but got shape \(1, 4\)"),
+        (torch.zeros(0, dtype=torch.int64), r"must be rank 1 with positive dimension size, but got shape \(0,\)"),
+        (torch.zeros(3, dtype=torch.int64), "has shape .3,.; group 'i' of size 4 needs one number for each slice"),
+    ],
+)
+def test_numbers_of_ragged_all_to_all_are_checked_by_name(name: str, wrong: Tensor, text: str) -> None:
+    numbers = dict.fromkeys(("input_offsets", "send_sizes", "output_offsets", "recv_sizes"), torch.zeros(4).long())
+    numbers[name] = wrong
+    with pytest.raises(ValueError, match=f"ragged_all_to_all:? {name} {text}"):
+        on_axis(lambda x: lax.ragged_all_to_all(x, torch.zeros(5), *numbers.values(), *HANDLES), torch.zeros(4, 5))

@@ -4,21 +4,24 @@
     jax.lax.all_to_all(x, "i", 0, 1)            all_to_all(x, group, backend, 0, 1)
 
 Names, options and defaults are JAX's (0.10), and so is the meaning; derivatives are those of check_vma=False. x may be
-a pytree of tuples, lists, dicts and None; leaves may be tensors, arrays and Python numbers. psum, pmean, pmax, pmin,
-pvary, axis_index and axis_size also take a sequence of groups, where JAX takes a sequence of names.
-axis_index_groups is refused: make a group of the ranks with fcomm.subgroup or fcomm.split.
+a pytree of tuples, lists, dicts and None; leaves may be tensors, arrays and Python numbers. Where JAX takes a sequence
+of names, these take a sequence of groups, whose ranks count row by row, the last group fastest; pargmax, pargmin and
+ragged_all_to_all take one group. axis_index_groups is refused: make a group of the ranks with fcomm.subgroup or
+fcomm.split, or nest two simulated axes.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fcomm
+from fcomm.collectives import checks
 from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 
@@ -100,7 +103,7 @@ def _rank_of(x: Tensor, y: Tensor, group: Group, backend: Backend) -> Tensor:
 
 def all_gather(
     x: Tree,
-    group: Group,
+    group: Groups,
     backend: Backend,
     *,
     axis_index_groups: None = None,
@@ -113,18 +116,23 @@ def all_gather(
     if to not in ("varying", "reduced", "invarying"):
         raise ArgumentError(f"all_gather: to is {to!r}; choose one of varying, reduced, invarying")
 
-    def leaf(v: Any) -> Tensor:
-        v = _array(v)
-        if to != "invarying":
-            return fcomm.all_gather(v, group, backend, dim=axis, tiled=tiled)
-        return fcomm.all_gather_invariant(v if tiled else v.unsqueeze(axis), group, backend, dim=axis)
+    def leaf(v: Any) -> Any:
+        *outer, last = _groups(group)
+        if to == "invarying":
+            v = fcomm.all_gather_invariant(_array(v) if tiled else _array(v).unsqueeze(axis), last, backend, dim=axis)
+        else:
+            v = fcomm.all_gather(_array(v), last, backend, dim=axis, tiled=tiled)
+        for g in reversed(outer):
+            gather = fcomm.all_gather_invariant if to == "invarying" else fcomm.all_gather
+            v = gather(v, g, backend, dim=axis)
+        return v
 
     return _map(leaf, x)
 
 
 def psum_scatter(
     x: Tree,
-    group: Group,
+    group: Groups,
     backend: Backend,
     *,
     scatter_dimension: int = 0,
@@ -134,15 +142,19 @@ def psum_scatter(
     """Sum over the group and keep this rank's row; tiled: this rank's block of scatter_dimension."""
     _refuse("psum_scatter", axis_index_groups)
 
-    def leaf(v: Any) -> Tensor:
-        return fcomm.reduce_scatter(_array(v), group, backend, dim=scatter_dimension, tiled=tiled)
+    def leaf(v: Any) -> Any:
+        *outer, last = _groups(group)
+        v = _array(v)
+        for g in outer:
+            v = fcomm.reduce_scatter(v, g, backend, dim=scatter_dimension)
+        return fcomm.reduce_scatter(v, last, backend, dim=scatter_dimension, tiled=tiled)
 
     return _map(leaf, x)
 
 
 def all_to_all(
     x: Tree,
-    group: Group,
+    group: Groups,
     backend: Backend,
     split_axis: int,
     concat_axis: int,
@@ -153,12 +165,31 @@ def all_to_all(
     """Row r of split_axis goes to rank r; the rows received are stacked on concat_axis. tiled: blocks, concatenated."""
     _refuse("all_to_all", axis_index_groups)
 
-    def leaf(v: Any) -> Tensor:
+    def leaf(v: Any) -> Any:
+        groups = _groups(group)
+        if len(groups) > 1:
+            return _all_to_all_over(groups, backend, _array(v), split_axis, concat_axis, tiled)
         return fcomm.all_to_all(
-            _array(v), group, backend, split_dim=split_axis, concat_dim=concat_axis, tiled=tiled
+            _array(v), groups[0], backend, split_dim=split_axis, concat_dim=concat_axis, tiled=tiled
         )  # fmt: skip
 
     return _map(leaf, x)
+
+
+def _all_to_all_over(groups: tuple[Group, ...], backend: Backend, x: Tensor, a: int, b: int, tiled: bool) -> Tensor:
+    """One exchange for each group, along a dimension of its own: rows[i, j] goes to rank (i, j)."""
+    sizes = [g.size for g in groups]
+    n, a, b = math.prod(sizes), a % x.dim(), b % x.dim()
+    if x.shape[a] % n if tiled else x.shape[a] != n:
+        raise ArgumentError(
+            f"all_to_all: x.shape[{a}] is {x.shape[a]}; the {n} ranks of groups {[g.name for g in groups]} need "
+            + (f"a multiple of {n}" if tiled else f"{n}, a row for each")
+        )
+    rows: Tensor = (x.unflatten(a, (n, x.shape[a] // n)) if tiled else x).movedim(a, 0).unflatten(0, sizes)
+    for k, g in enumerate(groups):
+        rows = fcomm.all_to_all(rows, g, backend, split_dim=k, concat_dim=k)
+    y: Tensor = rows.flatten(0, len(sizes) - 1).movedim(0, b)
+    return y.flatten(b, b + 1) if tiled else y
 
 
 def ragged_all_to_all(
@@ -182,7 +213,13 @@ def ragged_all_to_all(
         ("output_offsets", output_offsets),
         ("recv_sizes", recv_sizes),
     ):
-        if v.dim() != 1 or v.shape[0] < 1 or v.shape[0] % group.size:
+        if v.dtype.is_floating_point or v.dtype.is_complex or v.dtype == torch.bool:
+            raise ArgumentError(f"ragged_all_to_all {name} must be integer type, got {v.dtype}")
+        if v.dim() != 1 or v.shape[0] < 1:
+            raise ArgumentError(
+                f"ragged_all_to_all {name} must be rank 1 with positive dimension size, but got shape {tuple(v.shape)}"
+            )
+        if v.shape[0] % group.size:
             raise ArgumentError(
                 f"ragged_all_to_all: {name} has shape {tuple(v.shape)}; group '{group.name}' of size {group.size} "
                 "needs one number for each slice, the same count for every rank"
@@ -193,26 +230,54 @@ def ragged_all_to_all(
     return output
 
 
-def ppermute(x: Tree, group: Group, backend: Backend, perm: Sequence[tuple[int, int]]) -> Tree:
-    """Send x along the (source, destination) pairs of perm; a rank that is no destination gets zeros."""
-    return _map(lambda v: fcomm.ppermute(_array(v), group, backend, perm=perm), x)
+def ppermute(x: Tree, group: Groups, backend: Backend, perm: Iterable[tuple[int, int]]) -> Tree:
+    """Send x along the (source, destination) pairs of perm; a rank that is no destination gets zeros.
+
+    Over several groups every rank receives all x, and keeps that of its source.
+    """
+    pairs = [(int(source), int(destination)) for source, destination in perm]
+    groups = _groups(group)
+    if len(groups) == 1:
+        return _map(lambda v: fcomm.ppermute(_array(v), groups[0], backend, perm=pairs), x)
+    n = axis_size(groups, backend)
+    checks.canonical_perm("ppermute", pairs, Group(" and ".join(g.name for g in groups), tuple(range(n)), None, True))
+    sources = {destination: source for source, destination in pairs}
+    source_of = torch.tensor([sources.get(r, n) for r in range(n)])  # row n is zeros
+
+    def leaf(v: Any) -> Tensor:
+        v = _array(v)
+        rows = all_gather(v, groups, backend)
+        rows = torch.cat([rows, torch.zeros_like(rows[:1])])
+        source = source_of.index_select(0, axis_index(groups, backend).reshape(1))
+        return rows.index_select(0, source.to(v.device)).squeeze(0)
+
+    return _map(leaf, x)
 
 
-def pshuffle(x: Tree, group: Group, backend: Backend, perm: Sequence[int]) -> Tree:
+def pshuffle(x: Tree, group: Groups, backend: Backend, perm: Sequence[int]) -> Tree:
     """Rank i gets x of rank perm[i]."""
     if set(perm) != set(range(len(perm))):
         raise ArgumentError(f"pshuffle: `perm` does not represent a permutation: {list(perm)}; name each rank once")
     return ppermute(x, group, backend, list(zip(perm, range(len(perm)), strict=True)))
 
 
-def pswapaxes(x: Tree, group: Group, backend: Backend, axis: int, *, axis_index_groups: None = None) -> Tree:
+def pswapaxes(x: Tree, group: Groups, backend: Backend, axis: int, *, axis_index_groups: None = None) -> Tree:
     """Swap the ranks with an axis of their number: all_to_all(x, .., axis, axis)."""
     return all_to_all(x, group, backend, axis, axis, axis_index_groups=axis_index_groups)
 
 
-def pbroadcast(x: Tree, group: Group, backend: Backend, source: int) -> Tree:
+def pbroadcast(x: Tree, group: Groups, backend: Backend, source: int) -> Tree:
     """Every rank gets x of rank source."""
-    return _map(lambda v: fcomm.broadcast(_array(v), group, backend, src=source), x)
+
+    def leaf(v: Any) -> Tensor:
+        v, rest = _array(v), source
+        first, *others = _groups(group)
+        for g in reversed(others):
+            rest, src = divmod(rest, g.size)
+            v = fcomm.broadcast(v, g, backend, src=src)
+        return fcomm.broadcast(v, first, backend, src=rest)
+
+    return _map(leaf, x)
 
 
 def pvary(x: Tree, group: Groups, backend: Backend) -> Tree:
@@ -266,7 +331,8 @@ def _refuse(name: str, axis_index_groups: object) -> None:
     if axis_index_groups is not None:
         raise ArgumentError(
             f"{name}: axis_index_groups is {axis_index_groups!r}; make a group of those ranks instead, with "
-            "fcomm.subgroup or fcomm.split"
+            "fcomm.subgroup or fcomm.split; of a simulated axis, nest two: fcomm.axis('outer', ..) and "
+            "fcomm.axis('inner', ..)"
         )
 
 
