@@ -15,6 +15,7 @@ from torch.func import grad, vmap
 import fcomm
 from fcomm.compat import lax
 from fcomm.errors import FcommError
+from fcomm.testing import run_ranks
 
 N = 4
 AXIS = fcomm.axis("i", N)
@@ -229,8 +230,14 @@ def test_under_vmap_and_compiled() -> None:
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda x: lax.psum(x, *HANDLES, axis_index_groups=[[0, 1], [2, 3]]), "axis_index_groups.*fcomm.subgroup"),
-        (lambda x: lax.all_to_all(x, *HANDLES, 0, 0, axis_index_groups=[[0]]), "axis_index_groups.*fcomm.subgroup"),
+        (lambda x: lax.psum(x, *HANDLES, axis_index_groups=[[0, 1], [2, 2]]), "put each rank of 0 .. 3 into one block"),
+        (lambda x: lax.psum(x, *HANDLES, axis_index_groups=[[0, 1, 2], [3]]), "all of a length"),
+        (lambda x: lax.all_to_all(x, *HANDLES, 0, 0, axis_index_groups=[[0]]), "all_to_all: axis_index_groups is"),
+        (lambda x: lax.psum_scatter(x, *HANDLES, axis_index_groups=[[0, 1], [2, 3]]), "does not fit blocks of 2 ranks"),
+        (
+            lambda x: lax.all_gather(x, *HANDLES, axis_index_groups=[[0, 1, 2, 3]], to="invarying"),
+            "use a group of those",
+        ),
         (lambda x: lax.all_to_all(x, *HANDLES, 0, 0), r"all_to_all: x.shape\[0\] is 6"),
         (lambda x: lax.all_to_all(x, *HANDLES, 0, 0, tiled=True), "not divisible by group 'i' of size 4"),
         (lambda x: lax.psum_scatter(x, *HANDLES), r"reduce_scatter: x.shape\[0\] is 6"),
@@ -324,6 +331,89 @@ def test_several_groups_refuse_what_does_not_fit() -> None:
         on_both(lambda x: lax.all_to_all(x, BOTH, fcomm.sim, 0, 0, tiled=True))
     with pytest.raises(ValueError, match="'rows and columns'"):
         on_both(lambda x: lax.ppermute(x, BOTH, fcomm.sim, [(0, 6)]))
+
+
+# --- axis_index_groups --------------------------------------------------------------------------------------------
+
+OF_BLOCKS: dict[str, Callable[..., Any]] = {
+    "psum": lambda x, g, **b: lax.psum(x, g, fcomm.sim, **b),
+    "psum of a number": lambda x, g, **b: x + lax.psum(3, g, fcomm.sim, **b),
+    "pmean": lambda x, g, **b: lax.pmean(x, g, fcomm.sim, **b),
+    "pmean of a number": lambda x, g, **b: x + lax.pmean(3, g, fcomm.sim, **b),
+    "pmax": lambda x, g, **b: lax.pmax(x.round(), g, fcomm.sim, **b),
+    "pmin": lambda x, g, **b: lax.pmin(x, g, fcomm.sim, **b),
+    "all_gather": lambda x, g, **b: lax.all_gather(x, g, fcomm.sim, axis=-1, **b),
+    "all_gather tiled": lambda x, g, **b: lax.all_gather(x, g, fcomm.sim, axis=1, tiled=True, **b),
+    "psum_scatter": lambda x, g, **b: lax.psum_scatter(
+        x[: g[-1].size if isinstance(g, tuple) else len(b["axis_index_groups"][0])], g, fcomm.sim, **b
+    ),
+    "psum_scatter tiled": lambda x, g, **b: lax.psum_scatter(x, g, fcomm.sim, scatter_dimension=-1, tiled=True, **b),
+    "all_to_all tiled": lambda x, g, **b: lax.all_to_all(x, g, fcomm.sim, -1, 0, tiled=True, **b),
+    "all_to_all tiled one axis": lambda x, g, **b: lax.all_to_all(x, g, fcomm.sim, 1, 1, tiled=True, **b),
+}
+
+
+@pytest.mark.parametrize("name", OF_BLOCKS)
+@pytest.mark.parametrize(
+    ("blocks", "axis"), [([[0, 1, 2], [3, 4, 5]], COLUMNS), ([[0, 3], [1, 4], [2, 5]], ROWS)], ids=["rows", "columns"]
+)
+def test_blocks_of_ranks_are_groups_of_their_own(name: str, blocks: list[list[int]], axis: fcomm.Group) -> None:
+    call = OF_BLOCKS[name]
+    x = torch.randn(6, 6, 12, dtype=torch.float64)
+
+    def on_blocks(x: Tensor) -> Tensor:
+        return call(x, FLAT, axis_index_groups=blocks)
+
+    def on_axis_of_grid(x: Tensor) -> Tensor:
+        return call(x, (axis,))
+
+    def value_and_vjp(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        def rank(x: Tensor, ct: Tensor) -> tuple[Tensor, Tensor]:
+            y, pull = torch.func.vjp(call, x)
+            return y, pull(ct)[0]
+
+        return rank
+
+    ct = torch.randn_like(fcomm.simulate(on_blocks, FLAT)(x))
+    got = fcomm.simulate(value_and_vjp(on_blocks), FLAT)(x, ct)
+    grid = fcomm.simulate(fcomm.simulate(value_and_vjp(on_axis_of_grid), COLUMNS), ROWS)
+    expected = grid(x.unflatten(0, (2, 3)), ct.unflatten(0, (2, 3)))
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e.flatten(0, 1))
+
+
+def test_blocks_list_their_ranks_in_any_order() -> None:
+    x = torch.arange(4.0)
+    blocks = [[2, 0], [1, 3]]
+    gathered = on_axis(lambda x: lax.all_gather(x, *HANDLES, axis_index_groups=blocks), x)
+    assert gathered.tolist() == [[2, 0], [1, 3], [2, 0], [1, 3]]
+    scattered = on_axis(lambda x: lax.psum_scatter(x, *HANDLES, axis_index_groups=blocks), gathered)
+    assert scattered.tolist() == [0, 2, 4, 6]
+    integers = on_axis(lambda x: lax.psum(x, *HANDLES, axis_index_groups=blocks), x.int())
+    assert integers.dtype == torch.int32
+    assert integers.tolist() == [2, 4, 2, 4]
+
+
+def blocks_in_processes(world: fcomm.Group) -> None:
+    rank, backend = world.rank or 0, fcomm.c10d
+    tp = fcomm.split(world, 2, name="tp")
+    blocks = [[0, 1], [2, 3]]
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(rank))
+    for call in (
+        lambda g, **b: lax.psum(x, g, backend, **b),
+        lambda g, **b: lax.all_gather(x, g, backend, **b),
+        lambda g, **b: lax.psum_scatter(x, g, backend, tiled=True, **b),
+        lambda g, **b: lax.all_to_all(x, g, backend, 1, 0, **b),
+    ):
+        torch.testing.assert_close(call(world, axis_index_groups=blocks), call(tp))
+    numbers = [torch.tensor(v) for v in ([0, 1], [1, 2], [2 * (tp.rank or 0)] * 2, [(tp.rank or 0) + 1] * 2)]
+    operand = torch.arange(3.0) + 10 * rank
+    got = lax.ragged_all_to_all(operand, torch.zeros(4), *numbers, world, backend, axis_index_groups=blocks)
+    torch.testing.assert_close(got, lax.ragged_all_to_all(operand, torch.zeros(4), *numbers, tp, backend))
+
+
+def test_blocks_in_processes() -> None:
+    run_ranks(blocks_in_processes, 4)
 
 
 # --- arguments as JAX's tests write them --------------------------------------------------------------------------

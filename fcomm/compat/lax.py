@@ -6,8 +6,8 @@
 Names, options and defaults are JAX's (0.10), and so is the meaning; derivatives are those of check_vma=False. x may be
 a pytree of tuples, lists, dicts and None; leaves may be tensors, arrays and Python numbers. Where JAX takes a sequence
 of names, these take a sequence of groups, whose ranks count row by row, the last group fastest; pargmax, pargmin and
-ragged_all_to_all take one group. axis_index_groups is refused: make a group of the ranks with fcomm.subgroup or
-fcomm.split, or nest two simulated axes.
+ragged_all_to_all take one group. With axis_index_groups every rank receives what all ranks have and uses that of its
+block; a group of those ranks, by fcomm.subgroup, sends less.
 """
 
 from __future__ import annotations
@@ -27,60 +27,48 @@ from fcomm.group import Backend, Group
 
 Tree = Any
 Groups = Group | Sequence[Group]
+Blocks = Sequence[Sequence[int]] | None
 _NUMBERS = (bool, int, float, complex)
 
 
-def psum(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: None = None) -> Tree:
+def psum(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks = None) -> Tree:
     """Sum over the group. bool counts as int32; a Python number is size times itself, without communication."""
-    _refuse("psum", axis_index_groups)
 
     def leaf(v: Any) -> Any:
         if isinstance(v, _NUMBERS):
-            return axis_size(group, backend) * v
+            return _size("psum", group, backend, axis_index_groups) * v
         v = _array(v)
         v = v.to(torch.int32) if v.dtype == torch.bool else v
-        for g in _groups(group):
-            v = fcomm.all_reduce(v, g, backend)
-        return v
+        return _fold("psum", v, group, backend, "sum", axis_index_groups)
 
     return _map(leaf, x)
 
 
-def pmean(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: None = None) -> Tree:
+def pmean(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks = None) -> Tree:
     """Mean over the group. Integers and bool give torch's default float dtype."""
-    _refuse("pmean", axis_index_groups)
 
     def leaf(v: Any) -> Any:
         if isinstance(v, _NUMBERS) or not (_array(v).is_floating_point() or _array(v).is_complex()):
-            return psum(v, group, backend) / axis_size(group, backend)
-        v = _array(v)
-        for g in _groups(group):
-            v = fcomm.all_reduce(v, g, backend, op="mean")
-        return v
+            n = _size("pmean", group, backend, axis_index_groups)
+            return psum(v, group, backend, axis_index_groups=axis_index_groups) / n
+        return _fold("pmean", _array(v), group, backend, "mean", axis_index_groups)
 
     return _map(leaf, x)
 
 
-def pmax(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: None = None) -> Tree:
+def pmax(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks = None) -> Tree:
     """Maximum over the group. Unlike JAX's it has a derivative: ties share the cotangent."""
     return _extremum("pmax", x, group, backend, "max", axis_index_groups)
 
 
-def pmin(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: None = None) -> Tree:
+def pmin(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks = None) -> Tree:
     """Minimum over the group. Unlike JAX's it has a derivative: ties share the cotangent."""
     return _extremum("pmin", x, group, backend, "min", axis_index_groups)
 
 
-def _extremum(name: str, x: Tree, group: Groups, backend: Backend, op: str, axis_index_groups: None) -> Tree:
-    _refuse(name, axis_index_groups)
-
+def _extremum(name: str, x: Tree, group: Groups, backend: Backend, op: str, axis_index_groups: Blocks) -> Tree:
     def leaf(v: Any) -> Any:
-        if isinstance(v, _NUMBERS):
-            return v
-        v = _array(v)
-        for g in _groups(group):
-            v = fcomm.all_reduce(v, g, backend, op=op)
-        return v
+        return v if isinstance(v, _NUMBERS) else _fold(name, _array(v), group, backend, op, axis_index_groups)
 
     return _map(leaf, x)
 
@@ -106,17 +94,20 @@ def all_gather(
     group: Groups,
     backend: Backend,
     *,
-    axis_index_groups: None = None,
+    axis_index_groups: Blocks = None,
     axis: int = 0,
     tiled: bool = False,
     to: str = "varying",
 ) -> Tree:
     """Stack every rank's x on a new axis; tiled: concatenate along axis. to="invarying": all_gather_invariant."""
-    _refuse("all_gather", axis_index_groups)
     if to not in ("varying", "reduced", "invarying"):
         raise ArgumentError(f"all_gather: to is {to!r}; choose one of varying, reduced, invarying")
 
     def leaf(v: Any) -> Any:
+        if axis_index_groups is not None:
+            if to == "invarying":
+                raise ArgumentError("all_gather: axis_index_groups needs to='varying'; use a group of those ranks")
+            return _concatenated(_of_block("all_gather", _array(v), group, backend, axis_index_groups), axis, tiled)
         *outer, last = _groups(group)
         if to == "invarying":
             v = fcomm.all_gather_invariant(_array(v) if tiled else _array(v).unsqueeze(axis), last, backend, dim=axis)
@@ -136,13 +127,15 @@ def psum_scatter(
     backend: Backend,
     *,
     scatter_dimension: int = 0,
-    axis_index_groups: None = None,
+    axis_index_groups: Blocks = None,
     tiled: bool = False,
 ) -> Tree:
     """Sum over the group and keep this rank's row; tiled: this rank's block of scatter_dimension."""
-    _refuse("psum_scatter", axis_index_groups)
 
-    def leaf(v: Any) -> Any:
+    def leaf(v: Any) -> Tensor:
+        if axis_index_groups is not None:
+            v = _fold("psum_scatter", _array(v), group, backend, "sum", axis_index_groups)
+            return _own("psum_scatter", v, group, backend, axis_index_groups, scatter_dimension, tiled)
         *outer, last = _groups(group)
         v = _array(v)
         for g in outer:
@@ -159,13 +152,17 @@ def all_to_all(
     split_axis: int,
     concat_axis: int,
     *,
-    axis_index_groups: None = None,
+    axis_index_groups: Blocks = None,
     tiled: bool = False,
 ) -> Tree:
     """Row r of split_axis goes to rank r; the rows received are stacked on concat_axis. tiled: blocks, concatenated."""
-    _refuse("all_to_all", axis_index_groups)
 
     def leaf(v: Any) -> Any:
+        if axis_index_groups is not None:
+            rows = _of_block("all_to_all", _array(v), group, backend, axis_index_groups)
+            a, b = split_axis % (rows.dim() - 1), concat_axis % (rows.dim() - 1)
+            rows = _own("all_to_all", rows, group, backend, axis_index_groups, a + 1, tiled)
+            return _concatenated(rows, b, tiled)
         groups = _groups(group)
         if len(groups) > 1:
             return _all_to_all_over(groups, backend, _array(v), split_axis, concat_axis, tiled)
@@ -202,10 +199,10 @@ def ragged_all_to_all(
     group: Group,
     backend: Backend,
     *,
-    axis_index_groups: None = None,
+    axis_index_groups: Blocks = None,
 ) -> Tensor:
     """Slices of operand's rows into slices of the receivers' outputs; k * size offsets are k slices for each rank."""
-    _refuse("ragged_all_to_all", axis_index_groups)
+    n = _size("ragged_all_to_all", group, backend, axis_index_groups)
     columns: list[tuple[Tensor, ...]] = []
     for name, v in (
         ("input_offsets", input_offsets),
@@ -219,12 +216,16 @@ def ragged_all_to_all(
             raise ArgumentError(
                 f"ragged_all_to_all {name} must be rank 1 with positive dimension size, but got shape {tuple(v.shape)}"
             )
-        if v.shape[0] % group.size:
+        if v.shape[0] % n:
             raise ArgumentError(
-                f"ragged_all_to_all: {name} has shape {tuple(v.shape)}; group '{group.name}' of size {group.size} "
+                f"ragged_all_to_all: {name} has shape {tuple(v.shape)}; group '{group.name}' of size {n} "
                 "needs one number for each slice, the same count for every rank"
             )
-        columns.append(v.reshape(group.size, -1).unbind(1))
+        of_each = v.reshape(n, -1)
+        if axis_index_groups is not None:  # nothing to and from the ranks of other blocks
+            members, _ = _block("ragged_all_to_all", group, backend, axis_index_groups)
+            of_each = v.new_zeros(group.size, v.shape[0] // n).index_copy(0, members.to(v.device), of_each)
+        columns.append(of_each.unbind(1))
     for starts, sends, lands, recvs in zip(*columns, strict=True):
         output = fcomm.ragged_all_to_all(operand, output, starts, sends, lands, recvs, group, backend)
     return output
@@ -261,7 +262,7 @@ def pshuffle(x: Tree, group: Groups, backend: Backend, perm: Sequence[int]) -> T
     return ppermute(x, group, backend, list(zip(perm, range(len(perm)), strict=True)))
 
 
-def pswapaxes(x: Tree, group: Groups, backend: Backend, axis: int, *, axis_index_groups: None = None) -> Tree:
+def pswapaxes(x: Tree, group: Groups, backend: Backend, axis: int, *, axis_index_groups: Blocks = None) -> Tree:
     """Swap the ranks with an axis of their number: all_to_all(x, .., axis, axis)."""
     return all_to_all(x, group, backend, axis, axis, axis_index_groups=axis_index_groups)
 
@@ -327,13 +328,66 @@ def _array(v: Any) -> Tensor:
     return v if isinstance(v, Tensor) else torch.as_tensor(v)
 
 
-def _refuse(name: str, axis_index_groups: object) -> None:
-    if axis_index_groups is not None:
+def _fold(name: str, x: Tensor, group: Groups, backend: Backend, op: str, blocks: Blocks) -> Tensor:
+    if blocks is None:
+        for g in _groups(group):
+            x = fcomm.all_reduce(x, g, backend, op=op)
+        return x
+    rows = _of_block(name, x, group, backend, blocks)
+    if op == "sum":
+        return rows.sum(0, dtype=x.dtype)
+    return rows.mean(0) if op == "mean" else rows.amax(0) if op == "max" else rows.amin(0)
+
+
+# --- axis_index_groups: the ranks in blocks of one length ---------------------------------------------------------
+
+
+def _size(name: str, group: Groups, backend: Backend, blocks: Blocks) -> int:
+    """Number of ranks that take part with this one."""
+    n = axis_size(group, backend)
+    if blocks is None:
+        return n
+    if sorted(int(r) for block in blocks for r in block) != list(range(n)) or len({len(block) for block in blocks}) > 1:
         raise ArgumentError(
-            f"{name}: axis_index_groups is {axis_index_groups!r}; make a group of those ranks instead, with "
-            "fcomm.subgroup or fcomm.split; of a simulated axis, nest two: fcomm.axis('outer', ..) and "
-            "fcomm.axis('inner', ..)"
+            f"{name}: axis_index_groups is {blocks!r}; put each rank of 0 .. {n - 1} into one block, all of a length"
         )
+    return len(blocks[0])
+
+
+def _block(name: str, group: Groups, backend: Backend, blocks: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """The ranks of this rank's block, and this rank's place among them, of shape (1,)."""
+    _size(name, group, backend, blocks)
+    of = {int(r): [int(member) for member in block] for block in blocks for r in block}
+    index = axis_index(group, backend).reshape(1)
+    members = torch.tensor([of[r] for r in sorted(of)]).index_select(0, index)
+    return members.squeeze(0), torch.tensor([of[r].index(r) for r in sorted(of)]).index_select(0, index)
+
+
+def _of_block(name: str, x: Tensor, group: Groups, backend: Backend, blocks: Sequence[Sequence[int]]) -> Tensor:
+    """x of every rank of this rank's block, stacked."""
+    members, _ = _block(name, group, backend, blocks)
+    rows: Tensor = all_gather(x, group, backend)
+    return rows.index_select(0, members.to(x.device))
+
+
+def _own(
+    name: str, x: Tensor, group: Groups, backend: Backend, blocks: Sequence[Sequence[int]], dim: int, tiled: bool
+) -> Tensor:
+    """This rank's row of dim; tiled: its part."""
+    n, dim = _size(name, group, backend, blocks), dim % x.dim()
+    _, place = _block(name, group, backend, blocks)
+    if x.shape[dim] % n if tiled else x.shape[dim] != n:
+        raise ArgumentError(f"{name}: an axis of length {x.shape[dim]} does not fit blocks of {n} ranks")
+    x = x.unflatten(dim, (n, x.shape[dim] // n)) if tiled else x
+    return x.index_select(dim, place.to(x.device)).squeeze(dim)
+
+
+def _concatenated(rows: Tensor, dim: int, tiled: bool) -> Tensor:
+    """rows stacked on dim; tiled: concatenated along it."""
+    if not tiled:
+        return rows.movedim(0, dim)
+    dim %= rows.dim() - 1
+    return rows.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _map(fn: Callable[[Any], Any], tree: Tree) -> Tree:
