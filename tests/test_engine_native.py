@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,3 +155,48 @@ def test_engine_under_address_and_undefined_behaviour_sanitizers() -> None:
 @pytest.mark.long
 def test_engine_under_thread_sanitizer() -> None:
     run(build("thread"), *SUITES, timeout_s=900)
+
+
+# What tests/test_cpu.py does in processes with every collective, dtype and layout, short of compiling and of long runs.
+UNDER_PYTHON = ("every_case", "dtype", "edge", "wraps", "strided", "interleaved", "back_to_back", "storage", "threads")
+
+
+@pytest.mark.long
+def test_module_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    """The module as Python uses it: a copy of the package whose _native is built with the sanitizers."""
+    package = tmp_path / "fcomm"
+    shutil.copytree(ROOT / "fcomm", package, ignore=shutil.ignore_patterns("*.so", "__pycache__", "csrc"))
+    flags = [flag for flag in (*FLAGS, *VARIANTS["address"]) if flag != "-DFCOMM_TESTING"]
+    include = ["-DPy_LIMITED_API=0x030b0000", f"-I{sysconfig.get_paths()['include']}"]
+    sources = [*engine_sources(), ENGINE / "binding.cpp"]
+    command = [COMPILER, *flags, *include, "-shared", "-o", package / "_native.abi3.so", *sources]
+    subprocess.run(command, check=True, timeout=300)
+    # The interpreter is built without: the runtime comes first, and what Python itself never frees is not a leak.
+    runtime = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "LD_PRELOAD": runtime.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+    }
+    where = subprocess.run(
+        [sys.executable, "-c", "import fcomm._native; print(fcomm._native.__file__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert where.stdout.strip() == str(package / "_native.abi3.so")
+    names = [ROOT / "tests" / name for name in ("test_cpu.py", "test_cpu_calls.py")]
+    chosen = ["-m", "not long", "-k", " or ".join(UNDER_PYTHON), "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *chosen, *names],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]

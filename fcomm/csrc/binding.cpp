@@ -66,6 +66,7 @@ template <>
 struct Argument<fcomm_blocks> {
   fcomm_blocks value{};
   std::vector<size_t> widths;
+  Argument(const Argument &) = delete;
   explicit Argument(PyObject *o) {
     PyObject *w = PyTuple_GetItem(o, 1);
     if (!w) return;
@@ -83,6 +84,7 @@ template <>
 struct Argument<const fcomm_signature *> {
   fcomm_signature signature{};
   const fcomm_signature *value = &signature;
+  Argument(const Argument &) = delete;
   explicit Argument(PyObject *o) {
     PyObject *dims = PyTuple_GetItem(o, 1);
     if (!dims) return;
@@ -113,7 +115,7 @@ struct Call<function> {
 
   template <std::size_t... I>
   static PyObject *with(PyObject *const *args, std::index_sequence<I...>) {
-    std::tuple<Argument<A>...> converted{Argument<A>(args[I])...};
+    std::tuple<Argument<A>...> converted(args[I]...);  // each made in its place: it may point into itself
     if (PyErr_Occurred()) return nullptr;
     Result result;
     Py_BEGIN_ALLOW_THREADS
