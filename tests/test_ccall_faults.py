@@ -135,6 +135,11 @@ def test_each_call_and_each_status(double: str) -> None:
     run_ranks(statuses, 2, double, pairs, timeout_s=300)
 
 
+@pytest.mark.parametrize(("double", "symbol"), [("nccl", "ncclSend"), ("hccl", "HcclBatchSendRecv")])
+def test_a_rank_without_a_part_in_a_permutation_learns_of_its_failure(double: str, symbol: str) -> None:
+    run_ranks(statuses, 3, double, [(symbol, _codes(double)[0])], timeout_s=60)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("double", ["nccl", "hccl"])
 def test_each_status_at_each_call(double: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fcomm.arithmetic import fold
 from fcomm.backends.communicator import issue, team
+from fcomm.backends.failure import raise_failure
 from fcomm.backends.later import send_later
 from fcomm.backends.machine import Comm, Machine, is_capturing, synchronize
 from fcomm.collectives.exchange import pairs
@@ -294,6 +295,8 @@ def _ppermute(m: Machine, x: Tensor, group: Group, *, perm: Sequence[int]) -> Te
     here = group.rank or 0
     dst = next((d for s, d in pairs(perm) if s == here), None)
     src = next((s for s, d in pairs(perm) if d == here), None)
+    # A rank without a peer learns what the others do: that the group is unusable.
+    raise_failure(team(m, group, x.device), "ppermute")
     if src == here:
         return x.clone()
     y = torch.zeros_like(x) if src is None else torch.empty_like(x)
