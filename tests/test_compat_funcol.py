@@ -189,6 +189,34 @@ def test_uneven_and_others(size: int) -> None:
     run_ranks(uneven_and_others, size)
 
 
+def sizes_read_in_a_graph(world: fcomm.Group) -> None:
+    # test_inductor_all_to_all_single: the graph is traced without knowing the lengths, and serves all of them.
+    n, rank = world.size, world.rank or 0
+
+    def exchange(x: Tensor, recvs: Tensor, sends: Tensor) -> Tensor:
+        lengths = recvs.tolist(), sends.tolist()
+        for length in (*lengths[0], *lengths[1]):
+            torch._check(length >= 0)
+        return funcol.all_to_all_single(2 * x, *lengths, world)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(exchange, fullgraph=True, backend="aot_eager", dynamic=True)
+        for seed in (1, 2, 3):
+            matrix = torch.randint(0, 5, (n, n), generator=torch.Generator().manual_seed(seed))
+            sends, recvs = matrix[rank], matrix[:, rank].contiguous()
+            x = torch.full((int(sends.sum()), 2), rank + 1.0, requires_grad=True)
+            y = compiled(x, recvs, sends)
+            close(y.detach(), torch.cat([torch.full((int(d), 2), 2.0 * (s + 1)) for s, d in enumerate(recvs)]))
+            y.backward(torch.full_like(y, rank + 10.0))
+            close(x.grad, torch.cat([torch.full((int(d), 2), 2 * (r + 10.0)) for r, d in enumerate(sends)]))
+        with pytest.raises(RuntimeError):
+            compiled(torch.zeros(int(sends.sum()) + 1, 2), recvs, sends)
+
+
+def test_sizes_read_in_a_graph() -> None:
+    run_ranks(sizes_read_in_a_graph, 2)
+
+
 def fake_process_group(_: fcomm.Group) -> None:
     # test_functional_api.py traces, and runs, on torch's backend of one process that stands for all.
     dist.init_process_group("fake", rank=0, world_size=4)

@@ -89,6 +89,10 @@ def _canonical_blocks(
         )  # fmt: skip
     send = checks.canonical_sizes("all_to_all", "send_sizes", send_sizes, group)  # type: ignore[arg-type]  # a row
     recv = checks.canonical_sizes("all_to_all", "recv_sizes", recv_sizes, group)
+    if torch.compiler.is_compiling() and split_dim == concat_dim:
+        # Lengths that a graph reads from a tensor are not known while it is traced; it then checks them as it runs.
+        torch._check(x.shape[split_dim] == sum(send))
+        torch._check(send[group.rank or 0] == recv[group.rank or 0])
     checks.total_length("all_to_all", "send_sizes", send, x, split_dim, group)
     if split_dim != concat_dim:
         checks.own_length("all_to_all", "recv_sizes", recv, x, concat_dim, group)
