@@ -171,12 +171,18 @@ def test_module_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path)
     sources = [*engine_sources(), ENGINE / "binding.cpp"]
     command = [COMPILER, *flags, *include, "-shared", "-o", package / "_native.abi3.so", *sources]
     subprocess.run(command, check=True, timeout=300)
-    # The interpreter is built without: the runtime comes first, and what Python itself never frees is not a leak.
-    runtime = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # The interpreter is built without: the runtime comes first, with what it intercepts, C++'s throw. What Python
+    # itself never frees is not a leak.
+    runtime = [
+        subprocess.run(
+            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = {
         **os.environ,
         "PYTHONPATH": str(tmp_path),
-        "LD_PRELOAD": runtime.stdout.strip(),
+        "LD_PRELOAD": " ".join(runtime),
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
     }
     where = subprocess.run(
