@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch import _C, Tensor
 # Private: lets an autograd node be made for one functorch level at a time; torch.autograd.Function.apply would instead
 # re-enter functorch, and the dispatcher is already there.
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fcomm.errors import FcommError
 from fcomm.group import BACKENDS, GROUPS, Backend, Group
@@ -290,6 +291,8 @@ def _fake_kernel(record: Record, op: Any) -> Rule:
     count = len(record.tensors)
 
     def fake_kernel(*args: Any) -> Tensor:
+        _keep_in_pass(sys.modules.get("torch._functorch.partitioners"))
+        _never_merge(op)
         _shorten_inductor_call(op)
         *params, group_key, _ = args[count + 1 :]
         named = dict(zip(record.params, params, strict=True))
@@ -317,24 +320,92 @@ def _shorten_inductor_call(op: Any) -> None:
         return
     from torch._inductor.virtualized import V
 
+    _leave_in_place(sys.modules.get("torch._inductor.fx_passes.post_grad"))
     call_op = lowering.fallback_handler(op)
     direct = f"torch.ops.{op.__module__.rpartition('.')[2]}.{op.__name__}.machine"
 
     def call_machine(*args: Any, **kwargs: Any) -> Any:
         result = call_op(*args, **kwargs)
-        node: Any
-        for node in reversed(V.graph.operations):
-            if getattr(node, "op_overload", None) is op:
-                if not V.graph.cpp_wrapper:
-                    node.python_kernel_name = direct
-                last = getattr(V.graph, "fcomm_last", None)
-                if last is not None:
-                    V.graph.additional_buffer_deps[node.get_operation_name()].add(last)
-                V.graph.fcomm_last = node.get_name()
+        ours: Any = _OPS.values()
+        operations: Any = reversed(V.graph.operations)
+        made = [n for n in operations if getattr(n, "op_overload", None) in ours]
+        if not made:
+            return result
+        node, *earlier = made
+        if not V.graph.cpp_wrapper:
+            node.python_kernel_name = direct
+        if V.graph.is_backward and V.graph.current_node.meta.get("partitioner_tag") == "is_forward":
+            # A call of forward, which the backward graph holds for its result: without a use it is not made again.
+            node.has_side_effects = lambda: False
+        for before in earlier if hasattr(V.graph, "additional_buffer_deps") else ():
+            # What the scheduler knows of order, beside data. Without it, calls that do not depend on each other are
+            # generated in any order.
+            V.graph.additional_buffer_deps[node.get_operation_name()].add(before.get_name())
+            if before.has_side_effects():
                 break
         return result
 
     lowering.register_lowering(op, type_promotion_kind=None)(call_machine)
+
+
+@cache
+def _leave_in_place(post_grad: Any) -> None:
+    """Let Inductor's front end move no call in a graph that has collectives: it moves each to where its result is used.
+
+    Inductor's setting of that name would do it for the graphs that have none, too.
+    """
+    # Private: Inductor asks nobody what may be moved. Without this name there is no such pass.
+    if not hasattr(post_grad, "reorder_for_locality"):
+        return
+    reorder = post_grad.reorder_for_locality
+
+    @wraps(reorder)
+    def reorder_for_locality(graph: torch.fx.Graph) -> None:
+        ours: Any = _OPS.values()
+        if not any(node.target in ours for node in graph.nodes):
+            reorder(graph)
+
+    post_grad.reorder_for_locality = reorder_for_locality
+
+
+def _never_merge(op: Any) -> None:
+    """Let no graph call op once where the program calls it twice on the same tensor: another rank's graph may not.
+
+    It happens most in backward, where two results of one sum have one cotangent.
+    """
+    utils = sys.modules.get("torch._functorch.compile_utils")
+    # Private: what the pass that merges equal calls leaves alone. Without this list, they may be merged.
+    kept = getattr(utils, "rand_ops", None)
+    if isinstance(kept, list) and op.overloadpacket not in kept:
+        kept.append(op.overloadpacket)
+
+
+@cache
+def _keep_in_pass(partitioners: Any) -> None:
+    """Let every collective be called in the pass, forward or backward, in which the program calls it, and in no other.
+
+    Else a backward one that does not depend on the cotangent (the number of ranks that attain a maximum, all_reduce of
+    the cotangent of 0 * y) is called in forward, on the ranks where it does not; and a forward one also in backward.
+    """
+    # Private: the partitioner's marks. They are lost where a pass removes a no-op behind a node, so they are set when
+    # it first looks at the nodes. Without this name, see above.
+    if not hasattr(partitioners, "classify_nodes"):
+        return
+    classify = partitioners.classify_nodes
+
+    @wraps(classify)
+    def classify_nodes(joint: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        ours: Any = _OPS.values()
+        for node in joint.graph.nodes:
+            if node.target in ours:
+                tag = node.meta.get("partitioner_tag")
+                if tag == "is_backward":
+                    node.meta["partitioner_tag"] = "must_be_in_backward"
+                elif tag == "is_forward" and not node.meta.get("recompute"):  # else checkpoint asks for it
+                    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return classify(joint, *args, **kwargs)
+
+    partitioners.classify_nodes = classify_nodes
 
 
 # --- derivatives --------------------------------------------------------------------------------------------------

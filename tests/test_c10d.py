@@ -66,21 +66,17 @@ def ignores_a_result(world: Group, compiler: str, ordered: bool) -> list[str]:
         return gathered + (unused if ordered else total).sum() if world.rank == 0 else gathered
 
     x = torch.tensor([1.0 + (world.rank or 0)])
-    y = torch.compile(program, fullgraph=True, backend=compiler)(x)
+    with torch._inductor.config.patch(fx_graph_cache=False):  # an earlier fcomm's graphs have another order
+        y = torch.compile(program, fullgraph=True, backend=compiler)(x)
     expected = {(True, 0): [15.0, 15.0], (True, 1): [3.0, 3.0], (False, 0): [5.0, 7.0], (False, 1): [2.0, 4.0]}
     right = expected[ordered, world.rank or 0]
     return [] if y.tolist() == right else [f"{y} is not {right}"]
 
 
-@pytest.mark.parametrize(("compiler", "ordered"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)])
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_result_that_one_rank_ignores_does_not_hang_a_compiled_program(compiler: str, ordered: bool) -> None:
     run_ranks(ignores_a_result, 2, compiler, ordered)
-
-
-@pytest.mark.long
-@pytest.mark.xfail(strict=True, reason="Inductor orders independent collectives by their uses: notes/0013")
-def test_inductor_keeps_the_order_of_independent_collectives() -> None:
-    run_ranks(ignores_a_result, 2, "inductor", False, timeout_s=60)
 
 
 def differentiates_on_one_rank(world: Group, compiler: str | None) -> list[str]:
