@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as fwd
@@ -135,9 +135,11 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
     if not isinstance(group, Group):
         raise TypeError(f"{name}: group is {group!r}; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...")
     if not isinstance(backend, Backend):
-        raise TypeError(f"{name}: backend is {backend!r}; pass a Backend, such as fcomm.c10d or fcomm.sim")
+        raise TypeError(f"{name}: backend is {backend!r}; pass a Backend, such as fcomm.cpu, fcomm.c10d or fcomm.sim")
     if group.simulated != (backend.name == "sim"):
-        kind, needs = ("a simulated axis", "fcomm.sim") if group.simulated else ("made of processes", "fcomm.c10d")
+        kind, needs = (
+            ("a simulated axis", "fcomm.sim") if group.simulated else ("made of processes", "fcomm.cpu or fcomm.c10d")
+        )
         raise FcommError(
             f"{name}: group '{group.name}' is {kind} and backend '{backend.name}' cannot serve it; pass {needs}"
         )
@@ -564,6 +566,8 @@ def is_bound(key: str) -> bool:
     return key in _INDEX
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 # --- torch.compile ------------------------------------------------------------------------------------------------
 
 
@@ -584,3 +588,16 @@ def compiler_counters() -> dict[str, Any]:
     """torch.compile's own counts since they were cleared: ["graph_break"] by reason, ["stats"]["unique_graphs"]."""
     # Private: the only place where torch counts breaks and graphs.
     return torch._dynamo.utils.counters
+
+
+def constant_to_compiler(fn: _F) -> _F:
+    """Mark fn: torch.compile runs it while it traces, and takes the result, a string or a number, as a constant."""
+    # Private: all that torch.compiler.assume_constant_result does after importing the compiler, which takes seconds.
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
+def process_group_named(name: str) -> Any:
+    """The ProcessGroup of that name, for functions that others call with names; RuntimeError if there is none."""
+    # Private: torch has no public way from a name to its group.
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]

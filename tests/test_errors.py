@@ -363,17 +363,17 @@ BAD: list[tuple[Call, type[Exception], str]] = [
     (
         lambda g, b: fcomm.all_reduce(X, g, "c10d"),
         TypeError,
-        "all_reduce: backend is 'c10d'; pass a Backend, such as fcomm.c10d or fcomm.sim",
+        "all_reduce: backend is 'c10d'; pass a Backend, such as fcomm.cpu, fcomm.c10d or fcomm.sim",
     ),
     (
         lambda g, b: fcomm.barrier(g, g),
         TypeError,
-        "barrier: backend is {group}; pass a Backend, such as fcomm.c10d or fcomm.sim",
+        "barrier: backend is {group}; pass a Backend, such as fcomm.cpu, fcomm.c10d or fcomm.sim",
     ),
     (
         lambda g, b: fcomm.axis_index(g, None),
         TypeError,
-        "axis_index: backend is None; pass a Backend, such as fcomm.c10d or fcomm.sim",
+        "axis_index: backend is None; pass a Backend, such as fcomm.cpu, fcomm.c10d or fcomm.sim",
     ),
     # ragged
     (
@@ -405,7 +405,8 @@ BAD_IN_PROCESSES: list[tuple[Call, type[Exception], str]] = [
     (
         lambda g, b: fcomm.all_reduce(X, g, fcomm.sim),
         FcommError,
-        "all_reduce: group 'world' is made of processes and backend 'sim' cannot serve it; pass fcomm.c10d",
+        "all_reduce: group 'world' is made of processes and backend 'sim' cannot serve it; "
+        "pass fcomm.cpu or fcomm.c10d",
     ),
     (
         lambda g, b: fcomm.all_reduce(X, fcomm.axis("i", 2), b),

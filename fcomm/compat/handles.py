@@ -14,6 +14,7 @@ from fcomm.backends.c10d import c10d
 from fcomm.backends.stacked import sim
 from fcomm.errors import ArgumentError, GroupClosedError
 from fcomm.group import GROUPS, Backend, Group
+from fcomm.registration import constant_to_compiler, process_group_named
 from fcomm.rendezvous import close, from_process_group, live, subgroup
 
 GroupLike = Group | dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, int | str] | list[Any] | str
@@ -93,16 +94,9 @@ def _keep(group: Group) -> str:
     return place
 
 
-def _constant(fn: F) -> F:
-    # Private: all that torch.compiler.assume_constant_result does after importing the compiler, which takes seconds.
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return fn
-
-
-@_constant
+@constant_to_compiler
 def _of_name_in_torch(name: str) -> str:
-    # Private: torch has no public way from a group's name to the group, and funcol takes names.
-    pg = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    pg = process_group_named(name)
     key = f"c10d:{name}"
     group = GROUPS.get(key)
     if group is not None:
@@ -116,14 +110,14 @@ def _of_name_in_torch(name: str) -> str:
     return _keep(from_process_group(pg, name=key))
 
 
-@_constant
+@constant_to_compiler
 def _of_mesh(mesh: DeviceMesh, dim: int | str | None) -> str:
     if dim is None and mesh.ndim != 1:
         raise ArgumentError(f"group is a DeviceMesh of {mesh.ndim} dimensions; pass (mesh, dim)")
     return _of_name_in_torch(mesh.get_group(dim).group_name)
 
 
-@_constant
+@constant_to_compiler
 def _of_ranks(ranks: tuple[Any, ...], tag: str) -> str:
     if dist.group.WORLD is None:
         raise ArgumentError(f"group is {list(ranks)}, and torch.distributed is not initialised; pass a Group")
@@ -140,7 +134,7 @@ def _of_ranks(ranks: tuple[Any, ...], tag: str) -> str:
     return _keep(found if found is not None else subgroup(world, members, name=key))
 
 
-@_constant
+@constant_to_compiler
 def _of_name(name: str) -> str:
     if name in GROUPS:
         return _keep(GROUPS[name])
