@@ -40,6 +40,16 @@ class Group:
         """The name under which torch's dispatcher knows the group: axes of one name may have several sizes."""
         return f"{self.name}[{len(self.ranks)}]" if self.simulated else self.name
 
+    @property
+    def traced_keys(self) -> tuple[str, str]:
+        """Its names in graphs, for calls whose shapes depend on the group's size, and on the rank within it, too.
+
+        Compilers keep graphs on disk by what is written in them: a graph of two ranks must not serve a world of three.
+        """
+        if self.simulated:
+            return self.key, self.key
+        return f"{self.name}[{self.size}]", f"{self.name}[{self.rank} of {self.size}]"
+
     def __reduce__(self) -> tuple[object, ...]:
         if self.simulated:
             return (axis, (self.name, self.size))
@@ -70,8 +80,9 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def register_group(group: Group) -> Group:
-    """Make the group known to the dispatcher under its key; returns it."""
-    GROUPS[group.key] = group
+    """Make the group known to the dispatcher under its keys; returns it."""
+    for key in (group.key, *group.traced_keys):
+        GROUPS[key] = group
     return group
 
 

@@ -124,10 +124,13 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
     """
     tensors = x if isinstance(x, tuple) else (x,)
     check_call(name, tensors, group, backend)
-    if not torch.compiler.is_compiling() and _is_plain(tensors):
+    key = group.key
+    if torch.compiler.is_compiling():
+        key = group.traced_keys[any(isinstance(p, list) for p in params)]
+    elif _is_plain(tensors):
         # Nothing but the machine is interested: skip the dispatcher, which costs more than a small collective.
         return _lower(RECORDS[name], tensors, group, backend, params)
-    return _OPS[name](*tensors, _INDEX.get(group.key), *params, group.key, backend.name)  # type: ignore[no-any-return]
+    return _OPS[name](*tensors, _INDEX.get(group.key), *params, key, backend.name)  # type: ignore[no-any-return]
 
 
 def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Backend) -> None:

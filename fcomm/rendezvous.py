@@ -114,7 +114,8 @@ def close(group: Group | None = None) -> None:
         if group is not None and record.group != group:
             continue
         _LIVE.pop(record.group.name, None)
-        GROUPS.pop(record.group.name, None)
+        for key in (record.group.key, *record.group.traced_keys):
+            GROUPS.pop(key, None)
         if record.pid == os.getpid():
             try:
                 record.close_communicators()

@@ -99,3 +99,13 @@ def differentiates_on_one_rank(world: Group, compiler: str | None) -> list[str]:
 @pytest.mark.parametrize("compiler", [None, "aot_eager", "inductor"])
 def test_a_zero_use_lets_a_rank_ignore_a_result_that_another_differentiates(compiler: str | None) -> None:
     run_ranks(differentiates_on_one_rank, 2, compiler)
+
+
+def one_element_of_stride_zero(world: Group) -> list[str]:
+    x = torch.empty_strided((1,), (0,), dtype=torch.float64).fill_(1.0 + (world.rank or 0))
+    y = fcomm.all_gather(x, world, fcomm.c10d)
+    return [] if y.tolist() == [1.0, 2.0] else [str(y)]
+
+
+def test_one_element_of_stride_zero() -> None:
+    run_ranks(one_element_of_stride_zero, 2)

@@ -29,7 +29,8 @@ from fcomm.group import Backend, register_backend
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().reshape(-1).view(torch.uint8)
+    # One element is contiguous with any stride, and a view of another width wants 1.
+    return x.contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 def _exchange(on: Communicator, x: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:

@@ -43,7 +43,8 @@ def _flat(m: Machine, x: Tensor) -> Tensor:
 
 def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
     # A tensor over someone else's buffer may start anywhere; the libraries want a multiple of the element size.
-    flat = x.reshape(-1).view(dtype)
+    # One element is contiguous with any stride, and a view of another width wants 1.
+    flat = x.reshape(-1).as_strided((x.numel(),), (1,)).view(dtype)
     return flat.clone() if flat.data_ptr() % dtype.itemsize else flat
 
 
