@@ -77,10 +77,13 @@ class Backend:
 
 GROUPS: dict[str, Group] = {}
 BACKENDS: dict[str, Backend] = {}
+# traced_keys of the groups by key: a compiler may take a group's numbers for symbols, which no text can hold.
+TRACED_KEYS: dict[str, tuple[str, str]] = {}
 
 
 def register_group(group: Group) -> Group:
     """Make the group known to the dispatcher under its keys; returns it."""
+    TRACED_KEYS[group.key] = group.traced_keys
     for key in (group.key, *group.traced_keys):
         GROUPS[key] = group
     return group

@@ -34,7 +34,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fcomm.errors import FcommError
-from fcomm.group import BACKENDS, GROUPS, Backend, Group
+from fcomm.group import BACKENDS, GROUPS, TRACED_KEYS, Backend, Group
 from fcomm.record import Record, Rule, always_linear, check_record
 from fcomm.rendezvous import live
 
@@ -126,7 +126,8 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
     check_call(name, tensors, group, backend)
     key = group.key
     if torch.compiler.is_compiling():
-        key = group.traced_keys[any(isinstance(p, list) for p in params)]
+        of_size, of_rank = TRACED_KEYS.get(key, (key, key))
+        key = of_rank if any(isinstance(p, list) for p in params) else of_size
     elif _is_plain(tensors):
         # Nothing but the machine is interested: skip the dispatcher, which costs more than a small collective.
         return _lower(RECORDS[name], tensors, group, backend, params)
