@@ -41,14 +41,15 @@ class Group:
         return f"{self.name}[{len(self.ranks)}]" if self.simulated else self.name
 
     @property
-    def traced_keys(self) -> tuple[str, str]:
-        """Its names in graphs, for calls whose shapes depend on the group's size, and on the rank within it, too.
+    def graph_keys(self) -> tuple[str, str]:
+        """Its names in graphs: for calls whose shapes depend on the size, and for those that depend on the rank, too.
 
-        Compilers keep graphs on disk by what is written in them: a graph of two ranks must not serve a world of three.
+        Compilers keep graphs on disk by what is written in them, and a graph of two ranks must not serve a world of
+        three (notes/0014). No axis has such a name.
         """
         if self.simulated:
             return self.key, self.key
-        return f"{self.name}[{self.size}]", f"{self.name}[{self.rank} of {self.size}]"
+        return f"{self.name} ({self.size} ranks)", f"{self.name} (rank {self.rank} of {self.size})"
 
     def __reduce__(self) -> tuple[object, ...]:
         if self.simulated:
@@ -77,16 +78,22 @@ class Backend:
 
 GROUPS: dict[str, Group] = {}
 BACKENDS: dict[str, Backend] = {}
-# traced_keys of the groups by key: a compiler may take a group's numbers for symbols, which no text can hold.
-TRACED_KEYS: dict[str, tuple[str, str]] = {}
+# graph_keys of the groups by key: a compiler may take a group's numbers for symbols, which no text can hold.
+GRAPH_KEYS: dict[str, tuple[str, str]] = {}
 
 
 def register_group(group: Group) -> Group:
     """Make the group known to the dispatcher under its keys; returns it."""
-    TRACED_KEYS[group.key] = group.traced_keys
-    for key in (group.key, *group.traced_keys):
-        GROUPS[key] = group
+    GRAPH_KEYS[group.key] = group.graph_keys
+    GROUPS.update(dict.fromkeys((group.key, *group.graph_keys), group))
     return group
+
+
+def forget_group(group: Group) -> None:
+    """The opposite of register_group."""
+    GRAPH_KEYS.pop(group.key, None)
+    for key in (group.key, *group.graph_keys):
+        GROUPS.pop(key, None)
 
 
 def register_backend(backend: Backend) -> Backend:

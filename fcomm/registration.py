@@ -34,7 +34,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fcomm.errors import FcommError
-from fcomm.group import BACKENDS, GROUPS, TRACED_KEYS, Backend, Group
+from fcomm.group import BACKENDS, GRAPH_KEYS, GROUPS, Backend, Group
 from fcomm.record import Record, Rule, always_linear, check_record
 from fcomm.rendezvous import live
 
@@ -124,14 +124,14 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
     """
     tensors = x if isinstance(x, tuple) else (x,)
     check_call(name, tensors, group, backend)
-    key = group.key
-    if torch.compiler.is_compiling():
-        of_size, of_rank = TRACED_KEYS.get(key, (key, key))
-        key = of_rank if any(isinstance(p, list) for p in params) else of_size
-    elif _is_plain(tensors):
+    if not torch.compiler.is_compiling() and _is_plain(tensors):
         # Nothing but the machine is interested: skip the dispatcher, which costs more than a small collective.
         return _lower(RECORDS[name], tensors, group, backend, params)
-    return _OPS[name](*tensors, _INDEX.get(group.key), *params, key, backend.name)  # type: ignore[no-any-return]
+    key = group.key
+    of_size, of_rank = GRAPH_KEYS.get(key, (key, key))
+    # A list of sizes has an entry for each rank.
+    graph_key = of_rank if any(isinstance(p, list) for p in params) else of_size
+    return _OPS[name](*tensors, _INDEX.get(key), *params, graph_key, backend.name)  # type: ignore[no-any-return]
 
 
 def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Backend) -> None:
@@ -394,7 +394,7 @@ def _keep_in_pass(partitioners: Any) -> None:
     the cotangent of 0 * y) is called in forward, on the ranks where it does not; and a forward one also in backward.
     """
     # Private: the partitioner's marks. They are lost where a pass removes a no-op behind a node, so they are set when
-    # it first looks at the nodes. Without this name, see above.
+    # it first looks at the nodes. Without this name, calls may move between the passes.
     if not hasattr(partitioners, "classify_nodes"):
         return
     classify = partitioners.classify_nodes
@@ -570,9 +570,9 @@ def is_bound(key: str) -> bool:
     return key in _INDEX
 
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
 # --- torch.compile ------------------------------------------------------------------------------------------------
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from fcomm.bootstrap import Place, digest, join, launcher_place
 from fcomm.errors import FcommError, GroupClosedError
-from fcomm.group import GROUPS, Group, register_group
+from fcomm.group import Group, forget_group, register_group
 
 T = TypeVar("T")
 
@@ -114,8 +114,7 @@ def close(group: Group | None = None) -> None:
         if group is not None and record.group != group:
             continue
         _LIVE.pop(record.group.name, None)
-        for key in (record.group.key, *record.group.traced_keys):
-            GROUPS.pop(key, None)
+        forget_group(record.group)
         if record.pid == os.getpid():
             try:
                 record.close_communicators()

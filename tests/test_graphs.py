@@ -133,7 +133,7 @@ def test_an_exported_graph_names_the_axis_and_no_process() -> None:
             return fcomm.all_reduce(x, THREE, fcomm.c10d)
 
     (node,) = (n for n in torch.export.export(Sum(), (torch.ones(2),)).graph.nodes if "fcomm" in str(n.target))
-    assert node.args[1:] == (None, "sum", "nobody[3]", "c10d")
+    assert node.args[1:] == (None, "sum", "nobody (3 ranks)", "c10d")
 
 
 # --- any shape ----------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def test_what_cannot_be_pickled_is_refused_before_anything_starts() -> None:
 # --- scripts ------------------------------------------------------------------------------------------------------
 
 GUARDED = """
-import os, sys, time
+import os, signal, sys, time
 import fcomm
 
 def ranks(world, folder, sleep_s):
@@ -187,6 +187,7 @@ def ranks(world, folder, sleep_s):
     return world.rank
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     try:
         print(fcomm.run(ranks, 2, sys.argv[1], float(sys.argv[2])))
     except KeyboardInterrupt:

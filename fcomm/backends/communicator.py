@@ -67,7 +67,7 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
                 f"call {op} once before capture"
             )
         # Not inside the try: without a library nothing was sent, and nothing is broken.
-        library = on.machine.library()
+        library = on.machine.load()
         deadline = time.monotonic() + on.live.timeout_s
         try:
             with current(on.device):
@@ -212,7 +212,7 @@ def _close(on: Team) -> None:
 
 
 def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None:
-    library, handle = on.machine.library(), channel.handle
+    library, handle = on.machine.load(), channel.handle
 
     def finish() -> None:
         with current(on.device):

@@ -133,7 +133,7 @@ def _error_of(on: Team, rank: int, code: int, text: str) -> FcommError:
         return CollectiveTimeoutError(text)
     if code < 0:
         return BackendError(text)
-    return ccall.error_of(on.machine.library().codes, code, text)
+    return ccall.error_of(on.machine.load().codes, code, text)
 
 
 # --- reports ------------------------------------------------------------------------------------------------------

@@ -315,35 +315,31 @@ def _abort(lib: Library, handle: c_void_p) -> None:
 
 
 def _all_reduce(c: Comm, x: Tensor, y: Tensor, op: str) -> None:
-    c.library.call("HcclAllReduce", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], OPS[op], c.handle, c.stream)
+    c.lib.call("HcclAllReduce", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], OPS[op], c.handle, c.stream)
 
 
 def _reduce(c: Comm, x: Tensor, y: Tensor, op: str, root: int) -> None:
-    c.library.call(
-        "HcclReduce", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], OPS[op], root, c.handle, c.stream
-    )
+    c.lib.call("HcclReduce", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], OPS[op], root, c.handle, c.stream)
 
 
 def _reduce_scatter(c: Comm, x: Tensor, y: Tensor, op: str) -> None:
-    c.library.call(
-        "HcclReduceScatter", x.data_ptr(), y.data_ptr(), y.numel(), DTYPES[x.dtype], OPS[op], c.handle, c.stream
-    )
+    c.lib.call("HcclReduceScatter", x.data_ptr(), y.data_ptr(), y.numel(), DTYPES[x.dtype], OPS[op], c.handle, c.stream)
 
 
 def _all_gather(c: Comm, x: Tensor, y: Tensor) -> None:
-    c.library.call("HcclAllGather", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], c.handle, c.stream)
+    c.lib.call("HcclAllGather", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], c.handle, c.stream)
 
 
 def _all_to_all(c: Comm, x: Tensor, y: Tensor) -> None:
     each, dtype = x.numel() // c.size, DTYPES[x.dtype]
-    c.library.call("HcclAlltoAll", x.data_ptr(), each, dtype, y.data_ptr(), each, dtype, c.handle, c.stream)
+    c.lib.call("HcclAlltoAll", x.data_ptr(), each, dtype, y.data_ptr(), each, dtype, c.handle, c.stream)
 
 
 def _exchange(c: Comm, x: Tensor, sends: list[int], y: Tensor, recvs: list[int]) -> None:
     # A tensor without elements has no address, and a null one is refused.
     x, y = (t if t.numel() else t.new_empty(1) for t in (x, y))
     dtype = DTYPES[x.dtype]
-    c.library.call(
+    c.lib.call(
         *("HcclAlltoAllV", x.data_ptr(), *_blocks(sends), dtype, y.data_ptr(), *_blocks(recvs), dtype),
         *(c.handle, c.stream),
     )
@@ -358,15 +354,13 @@ def _blocks(counts: Sequence[int]) -> tuple[Any, Any]:
 def _all_gather_uneven(c: Comm, x: Tensor, y: Tensor, counts: list[int]) -> None:
     n = x.numel()
     x = x if n else x.new_empty(1)  # as above
-    c.library.call(
-        "HcclAllGatherV", x.data_ptr(), n, y.data_ptr(), *_blocks(counts), DTYPES[x.dtype], c.handle, c.stream
-    )
+    c.lib.call("HcclAllGatherV", x.data_ptr(), n, y.data_ptr(), *_blocks(counts), DTYPES[x.dtype], c.handle, c.stream)
 
 
 def _reduce_scatter_uneven(c: Comm, x: Tensor, counts: list[int], y: Tensor, op: str) -> None:
     n = y.numel()
     y = y if n else y.new_empty(1)
-    c.library.call(
+    c.lib.call(
         *("HcclReduceScatterV", x.data_ptr(), *_blocks(counts), y.data_ptr(), n, DTYPES[x.dtype], OPS[op]),
         *(c.handle, c.stream),
     )
@@ -387,14 +381,14 @@ def _together(c: Comm, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor])
         if r != c.rank and t.numel()
     ]
     if items:
-        c.library.call("HcclBatchSendRecv", (SendRecvItem * len(items))(*items), len(items), c.handle, c.stream)
+        c.lib.call("HcclBatchSendRecv", (SendRecvItem * len(items))(*items), len(items), c.handle, c.stream)
 
 
 def _broadcast(c: Comm, x: Tensor, y: Tensor, root: int) -> None:
     # In place: its one buffer is the source at the root and the destination elsewhere.
     if c.rank == root:
         y.copy_(x)
-    c.library.call("HcclBroadcast", y.data_ptr(), y.numel(), DTYPES[y.dtype], root, c.handle, c.stream)
+    c.lib.call("HcclBroadcast", y.data_ptr(), y.numel(), DTYPES[y.dtype], root, c.handle, c.stream)
 
 
 def _gather(c: Comm, x: Tensor, rows: Tensor, root: int) -> None:
@@ -403,23 +397,23 @@ def _gather(c: Comm, x: Tensor, rows: Tensor, root: int) -> None:
 
 def _scatter(c: Comm, rows: Tensor, y: Tensor, root: int) -> None:
     each = y.numel()
-    if "HcclScatter" in c.library:
-        c.library.call("HcclScatter", rows.data_ptr(), y.data_ptr(), each, DTYPES[y.dtype], root, c.handle, c.stream)
+    if "HcclScatter" in c.lib:
+        c.lib.call("HcclScatter", rows.data_ptr(), y.data_ptr(), each, DTYPES[y.dtype], root, c.handle, c.stream)
     else:
         _together(c, dict(enumerate(rows.split(each))) if c.rank == root else {}, {root: y})
 
 
 def _send(c: Comm, x: Tensor, peer: int) -> None:
-    c.library.call("HcclSend", x.data_ptr(), x.numel(), DTYPES[x.dtype], peer, c.handle, c.stream)
+    c.lib.call("HcclSend", x.data_ptr(), x.numel(), DTYPES[x.dtype], peer, c.handle, c.stream)
 
 
 def _recv(c: Comm, y: Tensor, peer: int) -> None:
-    c.library.call("HcclRecv", y.data_ptr(), y.numel(), DTYPES[y.dtype], peer, c.handle, c.stream)
+    c.lib.call("HcclRecv", y.data_ptr(), y.numel(), DTYPES[y.dtype], peer, c.handle, c.stream)
 
 
 def _barrier(c: Comm, flags: Tensor) -> None:
-    if "HcclBarrier" in c.library:
-        c.library.call("HcclBarrier", c.handle, c.stream)
+    if "HcclBarrier" in c.lib:
+        c.lib.call("HcclBarrier", c.handle, c.stream)
     else:
         _all_reduce(c, flags[:1], flags[1:], "sum")
 
@@ -430,7 +424,7 @@ def _barrier(c: Comm, flags: Tensor) -> None:
 def _machine(name: str, get: Callable[[], Library]) -> Machine:
     return Machine(
         name=name,
-        library=get,
+        load=get,
         id_nbytes=ctypes.sizeof(RootInfo),
         make_id=_make_id,
         connect=_connect,

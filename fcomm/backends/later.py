@@ -69,7 +69,7 @@ def finish_sending(on: Team, deadline: float) -> BaseException | None:
         try:
             if not _was_taken(on, dst, sent, deadline):
                 LOG.warning("%s: rank %d has closed without receiving a message", on.where("send"), dst)
-                abort(on, on.machine.library(), on.edges[on.rank, dst])
+                abort(on, on.machine.load(), on.edges[on.rank, dst])
                 on.sending = deque((to, other) for to, other in on.sending if to != dst)
         except FcommError as error:
             problem = problem or error
@@ -148,7 +148,7 @@ def look_at_pending(on: Team) -> None:
     if oldest is None or on.failure is not None:
         return
     _, deadline, op = oldest
-    library = on.machine.library()
+    library = on.machine.load()
     # Held while aborting: no other thread may be inside the library then.
     with on.main.lock:
         try:

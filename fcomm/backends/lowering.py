@@ -227,13 +227,14 @@ def _all_gather(m: Machine, x: Tensor, group: Group, *, dim: int, tiled: bool, s
     if sizes is not None:
         _agree_on(m, "all_gather", "sizes", group, x, sizes)
         shapes = [(*x.shape[:dim], d, *x.shape[dim + 1 :]) for d in sizes]
-        if m.has_uneven("all_gather") and any(map(prod, shapes)):
-            y = x.new_empty(sum(map(prod, shapes)))
+        lengths = [prod(shape) for shape in shapes]
+        if m.has_uneven("all_gather") and any(lengths):
+            y = x.new_empty(sum(lengths))
             sent, received = _flat(m, x), _flat(m, y)
-            counts = [prod(shape) * received.numel() // y.numel() for shape in shapes]
+            counts = [d * received.numel() // y.numel() for d in lengths]
             _call(m, "all_gather", x, group, lambda c: m.all_gather_uneven(c, sent, received, counts))
-            blocks = y.split([prod(shape) for shape in shapes])
-            return torch.cat([block.reshape(shape) for block, shape in zip(blocks, shapes, strict=True)], dim)
+            blocks = zip(y.split(lengths), shapes, strict=True)
+            return torch.cat([block.reshape(shape) for block, shape in blocks], dim)
         # Padded to the longest: one native call, where blocks of their own lengths would be n * (n - 1) messages.
         padded = x.new_zeros((*x.shape[:dim], max(sizes), *x.shape[dim + 1 :]))
         padded.narrow(dim, 0, x.shape[dim]).copy_(x)

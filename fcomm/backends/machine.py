@@ -37,7 +37,7 @@ LOG = logging.getLogger("fcomm")
 class Comm:
     """What a native call needs: the library, its communicator, the stream, and this rank's place."""
 
-    library: Library
+    lib: Library
     handle: ctypes.c_void_p
     stream: int
     rank: int
@@ -56,7 +56,7 @@ class Machine:
     """
 
     name: str
-    library: Callable[[], Library]
+    load: Callable[[], Library]  # at the first call; the same one later
     id_nbytes: int
     make_id: Callable[[Library], bytes]
     # connect(library, handle, size, id, rank) fills handle; poll(library, handle) is the asynchronous status.
@@ -93,7 +93,7 @@ class Machine:
     reduce_scatter_uneven: Callable[[Comm, Tensor, list[int], Tensor, str], None] = _lacking
 
     def has_uneven(self, name: str) -> bool:
-        return name in self.uneven and self.uneven[name] in self.library()
+        return name in self.uneven and self.uneven[name] in self.load()
 
 
 @dataclass

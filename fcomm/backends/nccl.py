@@ -289,29 +289,25 @@ def _abort(lib: Library, handle: c_void_p) -> None:
 
 
 def _all_reduce(c: Comm, x: Tensor, y: Tensor, op: str) -> None:
-    c.library.call("ncclAllReduce", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], OPS[op], c.handle, c.stream)
+    c.lib.call("ncclAllReduce", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], OPS[op], c.handle, c.stream)
 
 
 def _reduce(c: Comm, x: Tensor, y: Tensor, op: str, root: int) -> None:
-    c.library.call(
-        "ncclReduce", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], OPS[op], root, c.handle, c.stream
-    )
+    c.lib.call("ncclReduce", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], OPS[op], root, c.handle, c.stream)
 
 
 def _reduce_scatter(c: Comm, x: Tensor, y: Tensor, op: str) -> None:
-    c.library.call(
-        "ncclReduceScatter", x.data_ptr(), y.data_ptr(), y.numel(), DTYPES[x.dtype], OPS[op], c.handle, c.stream
-    )
+    c.lib.call("ncclReduceScatter", x.data_ptr(), y.data_ptr(), y.numel(), DTYPES[x.dtype], OPS[op], c.handle, c.stream)
 
 
 def _all_gather(c: Comm, x: Tensor, y: Tensor) -> None:
-    c.library.call("ncclAllGather", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], c.handle, c.stream)
+    c.lib.call("ncclAllGather", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], c.handle, c.stream)
 
 
 def _all_to_all(c: Comm, x: Tensor, y: Tensor) -> None:
     each = x.numel() // c.size
-    if "ncclAlltoAll" in c.library:
-        c.library.call("ncclAlltoAll", x.data_ptr(), y.data_ptr(), each, DTYPES[x.dtype], c.handle, c.stream)
+    if "ncclAlltoAll" in c.lib:
+        c.lib.call("ncclAlltoAll", x.data_ptr(), y.data_ptr(), each, DTYPES[x.dtype], c.handle, c.stream)
     else:
         _exchange(c, x, [each] * c.size, y, [each] * c.size)
 
@@ -334,7 +330,7 @@ def _together(c: Comm, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor])
     of = [r for r in peers if r in recvs and recvs[r].numel()]
     if not to and not of:
         return
-    c.library.call("ncclGroupStart")
+    c.lib.call("ncclGroupStart")
     try:
         for r in to:
             _send(c, sends[r], r)
@@ -342,37 +338,37 @@ def _together(c: Comm, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor])
             _recv(c, recvs[r], r)
     except BaseException:
         # The group is this thread's; left open, it would swallow the calls that follow.
-        c.library.status("ncclGroupEnd")
+        c.lib.status("ncclGroupEnd")
         raise
-    c.library.call("ncclGroupEnd")
+    c.lib.call("ncclGroupEnd")
 
 
 def _broadcast(c: Comm, x: Tensor, y: Tensor, root: int) -> None:
-    c.library.call("ncclBroadcast", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], root, c.handle, c.stream)
+    c.lib.call("ncclBroadcast", x.data_ptr(), y.data_ptr(), x.numel(), DTYPES[x.dtype], root, c.handle, c.stream)
 
 
 def _gather(c: Comm, x: Tensor, rows: Tensor, root: int) -> None:
     each = x.numel()
-    if "ncclGather" in c.library:
-        c.library.call("ncclGather", x.data_ptr(), rows.data_ptr(), each, DTYPES[x.dtype], root, c.handle, c.stream)
+    if "ncclGather" in c.lib:
+        c.lib.call("ncclGather", x.data_ptr(), rows.data_ptr(), each, DTYPES[x.dtype], root, c.handle, c.stream)
     else:
         _together(c, {root: x}, dict(enumerate(rows.split(each))) if c.rank == root else {})
 
 
 def _scatter(c: Comm, rows: Tensor, y: Tensor, root: int) -> None:
     each = y.numel()
-    if "ncclScatter" in c.library:
-        c.library.call("ncclScatter", rows.data_ptr(), y.data_ptr(), each, DTYPES[y.dtype], root, c.handle, c.stream)
+    if "ncclScatter" in c.lib:
+        c.lib.call("ncclScatter", rows.data_ptr(), y.data_ptr(), each, DTYPES[y.dtype], root, c.handle, c.stream)
     else:
         _together(c, dict(enumerate(rows.split(each))) if c.rank == root else {}, {root: y})
 
 
 def _send(c: Comm, x: Tensor, peer: int) -> None:
-    c.library.call("ncclSend", x.data_ptr(), x.numel(), DTYPES[x.dtype], peer, c.handle, c.stream)
+    c.lib.call("ncclSend", x.data_ptr(), x.numel(), DTYPES[x.dtype], peer, c.handle, c.stream)
 
 
 def _recv(c: Comm, y: Tensor, peer: int) -> None:
-    c.library.call("ncclRecv", y.data_ptr(), y.numel(), DTYPES[y.dtype], peer, c.handle, c.stream)
+    c.lib.call("ncclRecv", y.data_ptr(), y.numel(), DTYPES[y.dtype], peer, c.handle, c.stream)
 
 
 def _barrier(c: Comm, flags: Tensor) -> None:
@@ -386,7 +382,7 @@ def _barrier(c: Comm, flags: Tensor) -> None:
 def _machine(name: str, get: Callable[[], Library]) -> Machine:
     return Machine(
         name=name,
-        library=get,
+        load=get,
         id_nbytes=ctypes.sizeof(UniqueId),
         make_id=_make_id,
         connect=_connect,
