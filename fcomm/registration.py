@@ -426,10 +426,11 @@ def _autograd_kernel(record: Record, op: Any) -> Rule:
     def autograd_kernel(keyset: Any, *args: Any) -> Any:
         if _C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return rule.apply(keyset, *args)
+                return rule.apply((keyset, _is_forward_mode()), *args)
         needs_grad = _C.is_grad_enabled() and any(x.requires_grad for x in args[:inputs])
-        if needs_grad or fwd._current_level >= 0:
-            return rule.apply(keyset, *args)
+        forward_mode = _is_forward_mode() or _has_tangent(args[:inputs])
+        if needs_grad or forward_mode:
+            return rule.apply((keyset, forward_mode), *args)
         below = keyset & _C._after_ADInplaceOrView_keyset
         if below.highestPriorityTypeId() in _MACHINES and not any(
             isinstance(x, Tensor) and x.is_meta for x in args[:count]
@@ -453,7 +454,8 @@ def _rule(record: Record, op: Any) -> Any:
 
     class Rule(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, *args: Any) -> Tensor:
+        def forward(ctx: Any, how: tuple[Any, bool], *args: Any) -> Tensor:
+            keyset, forward_mode = how
             with _C._AutoDispatchBelowAutograd(), torch.enable_grad(), fwd._set_fwd_grad_enabled(True):
                 # The levels below differentiate too: their modes must be on while this one steps aside.
                 y: Tensor = op.redispatch(keyset & _C._after_autograd_keyset, *args)
@@ -461,7 +463,7 @@ def _rule(record: Record, op: Any) -> Any:
             ctx.nonlinear = record.nonlinear(**named(ctx.params))
             whole = (index, *tensors[inputs:], *tensors[:inputs], y)
             ctx.save_for_backward(*(whole if ctx.nonlinear else whole[: len(record.aux) + 1]))
-            if _is_forward_mode():
+            if forward_mode:
                 ctx.save_for_forward(*whole)
             if not (y.is_floating_point() or y.is_complex()):
                 ctx.mark_non_differentiable(y)
@@ -514,6 +516,12 @@ def _is_forward_mode() -> bool:
     """Whether a forward-mode derivative is being taken, at any level."""
     stack = _C._functorch.get_interpreter_stack()
     return fwd._current_level >= 0 or any(i.key() == _C._functorch.TransformType.Jvp for i in stack or ())
+
+
+def _has_tangent(inputs: Sequence[Tensor]) -> bool:
+    """Whether an input is a dual tensor; a graph of Dynamo enters the level where Python's count does not see it."""
+    # Private: what forward_ad.unpack_dual calls, which asks that count.
+    return any(torch._VF._unpack_dual(x, level=0).tangent is not None for x in inputs)
 
 
 # --- batches and ranks --------------------------------------------------------------------------------------------

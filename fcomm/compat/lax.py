@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import fcomm
+from fcomm.arithmetic import fold
 from fcomm.collectives import checks
 from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
@@ -333,10 +334,7 @@ def _fold(name: str, x: Tensor, group: Groups, backend: Backend, op: str, blocks
         for g in _groups(group):
             x = fcomm.all_reduce(x, g, backend, op=op)
         return x
-    rows = _of_block(name, x, group, backend, blocks)
-    if op == "sum":
-        return rows.sum(0, dtype=x.dtype)
-    return rows.mean(0) if op == "mean" else rows.amax(0) if op == "max" else rows.amin(0)
+    return fold(_of_block(name, x, group, backend, blocks).unbind(0), op)
 
 
 # --- axis_index_groups: the ranks in blocks of one length ---------------------------------------------------------

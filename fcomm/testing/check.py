@@ -117,8 +117,6 @@ def reason_to_leave_out(case: Case, transform: str, simulated: bool, compiled: b
         return "torch.func takes Jacobians of real functions"
     if transform in _JACOBIANS and not draw(case.shape(2), "normal", case.dtype, 0).numel():
         return "a Jacobian of no elements"
-    if compiled and not simulated and transform == "forward mode":
-        return "torch does not compile dual tensors through an autograd node; jvp is compiled"
     return _beyond_the_compiler(case, transform) if compiled and simulated else None
 
 
