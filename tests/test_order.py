@@ -18,7 +18,7 @@ from torch import Tensor
 import fcomm
 import fcomm.registration
 from fcomm import Backend, Group
-from fcomm.group import BACKENDS, register_backend, register_group
+from fcomm.group import BACKENDS, forget_group, register_backend, register_group
 from fcomm.registration import RECORDS
 from fcomm.testing import run_ranks
 
@@ -119,6 +119,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Group, Backend, 
     with uncached():
         yield group, backend, log
     del BACKENDS["recorder"]
+    forget_group(group)
     torch.compiler.reset()
 
 
