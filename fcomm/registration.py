@@ -609,6 +609,19 @@ def constant_to_compiler(fn: _F) -> _F:
     return fn
 
 
+def holds(fact: bool) -> bool:
+    """fact; of lengths that a compiled graph reads from a tensor True, and the graph checks it whenever it runs."""
+    if not torch.compiler.is_compiling():
+        return fact
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # importing it takes a second
+
+    known = guard_or_true(fact)
+    if known:
+        # Private in name only: torch's way to tell the compiler a fact about a size.
+        torch._check(fact)
+    return known
+
+
 def process_group_named(name: str) -> Any:
     """The ProcessGroup of that name, for functions that others call with names; RuntimeError if there is none."""
     # Private: torch has no public way from a name to its group.

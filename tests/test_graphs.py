@@ -217,6 +217,46 @@ def test_shapes_do_not_recompile_in_processes() -> None:
     run_ranks(_recompiling_in_processes, 2, timeout_s=300)
 
 
+def _lengths_read_in_a_graph(world: Group, compiler: str) -> list[str]:
+    """A graph traced without knowing the ranks' lengths serves all of them, and refuses those that x has not."""
+
+    def fn(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        sizes = lengths.tolist()
+
+        def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+            whole = fcomm.all_gather(x, world, fcomm.c10d, sizes=sizes)
+            extrema = fcomm.reduce_scatter(whole.sin(), world, fcomm.c10d, sizes=sizes, op="max")
+            own = fcomm.reduce_scatter(whole.cos(), world, fcomm.c10d, sizes=sizes)
+            twice = torch.cat([whole * 2, whole])
+            even = fcomm.all_to_all(fcomm.reduce_scatter(torch.cat([twice] * 2), world, fcomm.c10d), world, fcomm.c10d)
+            return (extrema * own).sum() + (even**3).sum(), own
+
+        return grad(loss, has_aux=True)(x)
+
+    graphs = 0
+
+    def backend(module: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return torch._dynamo.lookup_backend(compiler)(module, examples)
+
+    failures = []
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(fn, fullgraph=True, backend=backend, dynamic=True)
+        for lengths in ([3, 4], [5, 7], [4, 4]):
+            x = torch.arange(2.0 * lengths[world.rank or 0]).reshape(-1, 2) + (world.rank or 0)
+            got, want = compiled(x, torch.tensor(lengths)), fn(x, torch.tensor(lengths))
+            failures += [f"{g} is not {w}" for g, w in zip(got, want, strict=True) if not torch.allclose(g, w)]
+        with pytest.raises(RuntimeError):
+            compiled(x, torch.tensor(lengths) + 1)
+    return failures + ([] if graphs == 1 else [f"compiled {graphs} times"])
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_lengths_read_in_a_graph(compiler: str) -> None:
+    run_ranks(_lengths_read_in_a_graph, 2, compiler, timeout_s=200)
+
+
 # --- what the compiler must not do --------------------------------------------------------------------------------
 
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fcomm.arithmetic import LINEAR_OPS, fold
 from fcomm.collectives import checks
-from fcomm.collectives.exchange import all_to_all
+from fcomm.collectives.exchange import all_to_all, pad_end
 from fcomm.errors import FcommError
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, check_call, define
@@ -139,11 +138,6 @@ def _reduce_scatter_spec(xs: list[Tensor], dim: int, op: str, tiled: bool, sizes
     if sizes is None:
         return list(y.chunk(len(xs), dim)) if y.shape[dim] else [y] * len(xs)
     return [pad_end(block, dim, max(sizes)) for block in y.split(list(sizes), dim)]
-
-
-def pad_end(x: Tensor, dim: int, length: int) -> Tensor:
-    """x with zeros after its end at dim, up to length."""
-    return pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, length - x.shape[dim]))
 
 
 def _reduce_scatter_shape(

@@ -9,6 +9,7 @@ from torch import Tensor
 from fcomm.arithmetic import OPS, check_op
 from fcomm.errors import ArgumentError
 from fcomm.group import Group
+from fcomm.registration import holds
 
 
 def is_tensor(name: str, option: str, x: object) -> None:
@@ -45,7 +46,7 @@ def canonical_dim(name: str, option: str, dim: int, x: Tensor, group: Group, *, 
 def divisible(name: str, x: Tensor, dim: int, group: Group) -> None:
     """x.shape[dim] must be cut into group.size equal blocks."""
     size, length = group.size, x.shape[dim]
-    if length % size:
+    if not holds(length % size == 0):
         raise ArgumentError(
             f"{name}: x.shape[{dim}] is {length}, not divisible by group '{group.name}' of size {size}; "
             f"pad to {length + size - length % size} or choose another dim"
@@ -54,7 +55,7 @@ def divisible(name: str, x: Tensor, dim: int, group: Group) -> None:
 
 def one_each(name: str, x: Tensor, dim: int, group: Group) -> None:
     """x.shape[dim] must be the number of ranks."""
-    if x.shape[dim] != group.size:
+    if not holds(x.shape[dim] == group.size):
         raise ArgumentError(
             f"{name}: x.shape[{dim}] is {x.shape[dim]}, with tiled=False it must be the size {group.size} of "
             f"group '{group.name}'; reshape x or pass tiled=True"
@@ -65,7 +66,11 @@ def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) 
     """One block length for each rank."""
     result = list(sizes) if isinstance(sizes, Sequence) and not isinstance(sizes, str) else None
     # A symbolic size, under compile, is no int.
-    if result is None or len(result) != group.size or any(isinstance(s, bool | float | str) or s < 0 for s in result):
+    if (
+        result is None
+        or len(result) != group.size
+        or any(isinstance(s, bool | float | str) or not holds(s >= 0) for s in result)
+    ):
         raise ArgumentError(
             f"{name}: {option} is {sizes!r}; group '{group.name}' of size {group.size} needs a list of "
             f"{group.size} lengths >= 0, one for each rank"
@@ -76,7 +81,7 @@ def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) 
 def own_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: int, group: Group) -> None:
     """x.shape[dim] must be this rank's entry of sizes; on a simulated axis, where shapes are equal, the largest."""
     expected = max(sizes) if group.simulated else sizes[group.rank or 0]
-    if x.shape[dim] != expected:
+    if not holds(x.shape[dim] == expected):
         which = "the largest" if group.simulated else f"rank {group.rank}'s"
         raise ArgumentError(
             f"{name}: x.shape[{dim}] is {x.shape[dim]}, {which} entry of {option}={list(sizes)} is {expected}; "
@@ -86,7 +91,7 @@ def own_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: int
 
 def total_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: int, group: Group) -> None:
     """x.shape[dim] must be the sum of sizes."""
-    if x.shape[dim] != sum(sizes):
+    if not holds(x.shape[dim] == sum(sizes)):
         raise ArgumentError(
             f"{name}: x.shape[{dim}] is {x.shape[dim]}, {option}={list(sizes)} add up to {sum(sizes)}; "
             f"make them agree on group '{group.name}'"

@@ -12,7 +12,7 @@ from torch import Tensor
 from fcomm.collectives import checks
 from fcomm.errors import FcommError
 from fcomm.group import Backend, Group
-from fcomm.registration import apply, define
+from fcomm.registration import apply, define, holds
 
 Sizes = Sequence[int] | Sequence[Sequence[int]]
 
@@ -89,14 +89,10 @@ def _canonical_blocks(
         )  # fmt: skip
     send = checks.canonical_sizes("all_to_all", "send_sizes", send_sizes, group)  # type: ignore[arg-type]  # a row
     recv = checks.canonical_sizes("all_to_all", "recv_sizes", recv_sizes, group)
-    if torch.compiler.is_compiling() and split_dim == concat_dim:
-        # Lengths that a graph reads from a tensor are not known while it is traced; it then checks them as it runs.
-        torch._check(x.shape[split_dim] == sum(send))
-        torch._check(send[group.rank or 0] == recv[group.rank or 0])
     checks.total_length("all_to_all", "send_sizes", send, x, split_dim, group)
     if split_dim != concat_dim:
         checks.own_length("all_to_all", "recv_sizes", recv, x, concat_dim, group)
-    elif send[group.rank or 0] != recv[group.rank or 0]:
+    elif not holds(send[group.rank or 0] == recv[group.rank or 0]):
         raise FcommError(
             f"all_to_all: this rank sends itself {send[group.rank or 0]} of send_sizes={send} and receives "
             f"{recv[group.rank or 0]} of recv_sizes={recv} on group '{group.name}'; make the two equal"
@@ -125,10 +121,11 @@ def _all_to_all_spec(
         xs = [x.narrow(concat_dim, 0, d) for x, d in zip(xs, recv_sizes, strict=True)]
         blocks = [x.split(list(send_sizes), split_dim) for x in xs]
     ys = [torch.cat([row[r] for row in blocks], concat_dim) for r in range(n)]
-    return [_pad_end(y, split_dim, max(y.shape[split_dim] for y in ys)) for y in ys]
+    return [pad_end(y, split_dim, max(y.shape[split_dim] for y in ys)) for y in ys]
 
 
-def _pad_end(x: Tensor, dim: int, length: int) -> Tensor:
+def pad_end(x: Tensor, dim: int, length: int) -> Tensor:
+    """x with zeros after its end at dim, up to length."""
     return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, length - x.shape[dim]))
 
 
