@@ -75,8 +75,12 @@ def _extremum(rows: Tensor, op: str) -> Tensor:
     worst = -torch.inf if op == "max" else torch.inf
     numbers = torch.where(nan, worst, rows)
     extremum = numbers.amax(0) if op == "max" else numbers.amin(0)
-    mean_nan = torch.where(nan, rows, 0).sum(0) * nan.to(rows.dtype).sum(0).reciprocal()
-    return torch.where(nan.any(0), mean_nan, extremum)
+    total, count = torch.where(nan, rows, 0).sum(0), nan.sum(0)
+    # torch.add gives total / k; compiled, the vjp of the jvp of a product or quotient fails, or crashes in Inductor.
+    mean = total
+    for k in range(2, len(rows) + 1):
+        mean = torch.where(count == k, torch.add(total, total, alpha=1 / k - 1), mean)
+    return torch.where(nan.any(0), mean, extremum)
 
 
 def _divide(total: Tensor, size: int) -> Tensor:
