@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, jacfwd, jacrev, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fcomm
@@ -67,16 +67,22 @@ def _checkpoint(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: checkpoint(fn, x, use_reentrant=False)
 
 
+def _vjp_of_jvp(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: vjp(lambda x: jvp(f, (x,), (x.detach(),))[1], x)[1](f(x))[0]
+
+
 FORWARD_MODE = "InferenceMode::is_enabled"
 ATTEMPTS: dict[str, tuple[Callable[[Tensor], Any], str | None]] = {
     # plain torch, and what its refusal says; None where it compiles
     "vmap of jacfwd of a product with a constant": (vmap(jacfwd(lambda x: 2 * x)), FORWARD_MODE),
     "vmap of hessian": (vmap(hessian(_loss)), FORWARD_MODE),
     "vmap of jacfwd of grad": (vmap(jacfwd(grad(_loss))), FORWARD_MODE),
+    "vmap of vjp of jvp of a sum times a constant": (vmap(_vjp_of_jvp(lambda x: 2 * torch.stack([x, x]).sum(0))), "Please convert all Tensors"),
     "checkpoint of a side effect": (_checkpoint(_with_side_effect), "Unsafe side effect"),
     "inference mode of vmap over an outer tensor": (_inference, "version_counter"),
     # neighbours of those, so that the reasons say no more than is true
     "vmap of jacfwd of a square": (vmap(jacfwd(lambda x: x * x)), None),
+    "vjp of jvp of a sum times a constant": (_vjp_of_jvp(lambda x: 2 * torch.stack([x, x]).sum(0)), None),
     "hessian": (lambda x: hessian(_loss)(x[0]), None),
     "hessian of vmap": (hessian(lambda x: vmap(_loss)(x).sum()), None),
     "vmap of jacrev of jacrev": (vmap(jacrev(jacrev(_loss))), None),
