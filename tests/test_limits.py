@@ -67,6 +67,10 @@ def _checkpoint(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: checkpoint(fn, x, use_reentrant=False)
 
 
+def _twice_sum(x: Tensor) -> Tensor:
+    return 2 * torch.stack([x, x]).sum(0)
+
+
 def _vjp_of_jvp(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: vjp(lambda x: jvp(f, (x,), (x.detach(),))[1], x)[1](f(x))[0]
 
@@ -77,12 +81,12 @@ ATTEMPTS: dict[str, tuple[Callable[[Tensor], Any], str | None]] = {
     "vmap of jacfwd of a product with a constant": (vmap(jacfwd(lambda x: 2 * x)), FORWARD_MODE),
     "vmap of hessian": (vmap(hessian(_loss)), FORWARD_MODE),
     "vmap of jacfwd of grad": (vmap(jacfwd(grad(_loss))), FORWARD_MODE),
-    "vmap of vjp of jvp of a sum times a constant": (vmap(_vjp_of_jvp(lambda x: 2 * torch.stack([x, x]).sum(0))), "Please convert all Tensors"),
+    "vmap of vjp of jvp of a sum times a constant": (vmap(_vjp_of_jvp(_twice_sum)), "Please convert all Tensors"),
     "checkpoint of a side effect": (_checkpoint(_with_side_effect), "Unsafe side effect"),
     "inference mode of vmap over an outer tensor": (_inference, "version_counter"),
     # neighbours of those, so that the reasons say no more than is true
     "vmap of jacfwd of a square": (vmap(jacfwd(lambda x: x * x)), None),
-    "vjp of jvp of a sum times a constant": (_vjp_of_jvp(lambda x: 2 * torch.stack([x, x]).sum(0)), None),
+    "vjp of jvp of a sum times a constant": (_vjp_of_jvp(_twice_sum), None),
     "hessian": (lambda x: hessian(_loss)(x[0]), None),
     "hessian of vmap": (hessian(lambda x: vmap(_loss)(x).sum()), None),
     "vmap of jacrev of jacrev": (vmap(jacrev(jacrev(_loss))), None),
