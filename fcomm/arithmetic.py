@@ -38,8 +38,9 @@ def check_op(name: str, op: str, dtype: torch.dtype, allowed: Sequence[str] = OP
     """Raise if op is unknown (FcommError) or has no meaning for dtype (TypeError, naming both)."""
     if op not in allowed:
         raise FcommError(f"{name}: op is {op!r}; choose one of {', '.join(allowed)}")
-    real = dtype.is_floating_point or dtype.is_complex
-    if op in BIT_OPS and real:
+    if op in ("sum", "prod"):
+        return
+    if op in BIT_OPS and (dtype.is_floating_point or dtype.is_complex):
         raise TypeError(
             f"{name}: op '{op}' is defined on integers and bool, x is {dtype} (on every backend); choose another op"
         )

@@ -167,27 +167,27 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
 # --- the machine --------------------------------------------------------------------------------------------------
 
 
+# Looked up once: a small collective costs what its call costs.
+_are_transforms_active = _C._are_functorch_transforms_active
+_dispatch_modes = _C._len_torch_dispatch_stack
+_function_modes = _C._len_torch_function_stack
+_is_profiling = _C._autograd._profiler_enabled
+_is_grad_enabled = _C.is_grad_enabled
+_is_wrapped = _C._functorch.is_functorch_wrapped_tensor
+# autograd.grad(is_grads_batched=True) runs backward on the batches of torch's first vmap, not functorch's.
+_is_legacy_batch = _C._functorch.is_legacy_batchedtensor
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
 def _is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether no transform, mode, derivative or profiler is watching an eager call on these tensors."""
-    if (
-        _C._are_functorch_transforms_active()
-        or _C._len_torch_dispatch_stack()
-        or _C._len_torch_function_stack()
-        or fwd._current_level >= 0
-        or _C._autograd._profiler_enabled()
-    ):
+    if _are_transforms_active() or _dispatch_modes() or _function_modes() or fwd._current_level >= 0 or _is_profiling():
         return False
-    grad = _C.is_grad_enabled()
+    grad = _is_grad_enabled()
     for x in tensors:
-        if type(x) not in _PLAIN_TYPES or (grad and x.requires_grad) or _C._functorch.is_functorch_wrapped_tensor(x):
-            return False
-        # autograd.grad(is_grads_batched=True) runs backward on the batches of torch's first vmap, not functorch's.
-        if _C._functorch.is_legacy_batchedtensor(x):
+        if type(x) not in _PLAIN_TYPES or (grad and x.requires_grad) or _is_wrapped(x) or _is_legacy_batch(x):
             return False
     return True
-
-
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Backend, params: Sequence[Any]) -> Tensor:

@@ -101,7 +101,7 @@ def reduce_scatter(
     Traffic: (n-1)/n of x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if n does not divide x.shape[dim], or sizes does not fit; TypeError if op does not fit x's dtype.
     """
-    checks.op_of("reduce_scatter", op, x, group, ("sum", "mean", "max", "min", "prod"))
+    checks.op_of("reduce_scatter", op, x, ("sum", "mean", "max", "min", "prod"))
     dim = checks.canonical_dim("reduce_scatter", "dim", dim, x, group)
     lengths = None
     if sizes is not None:

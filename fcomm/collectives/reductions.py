@@ -28,7 +28,7 @@ def all_reduce(x: Tensor, group: Group, backend: Backend, *, op: str = "sum") ->
     Traffic: 2(n-1)/n of x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises TypeError if op has no meaning for x's dtype, FcommError for an unknown op.
     """
-    checks.op_of("all_reduce", op, x, group)
+    checks.op_of("all_reduce", op, x)
     return apply("all_reduce", x, group, backend, op)
 
 
@@ -90,7 +90,7 @@ def scan(
     vjp: the scan in the other direction. Traffic: x's bytes per rank (a chain), in n - 1 steps.
     Raises FcommError for another op, TypeError if op has no meaning for x's dtype.
     """
-    checks.op_of("scan", op, x, group, ("sum",))
+    checks.op_of("scan", op, x, ("sum",))
     return apply("scan", x, group, backend, op, bool(exclusive), bool(reverse))
 
 

@@ -56,7 +56,7 @@ def reduce(x: Tensor, group: Group, backend: Backend, *, dst: int = 0, op: str =
     Traffic: x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if dst is not a rank of the group, TypeError if op has no meaning for x's dtype.
     """
-    checks.op_of("reduce", op, x, group)
+    checks.op_of("reduce", op, x)
     return apply("reduce", x, group, backend, checks.rank_in_group("reduce", "dst", dst, group), op)
 
 

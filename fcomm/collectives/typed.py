@@ -60,7 +60,7 @@ def all_reduce_invariant(x: Tensor, group: Group, backend: Backend, *, op: str =
     the ranks go on to use the result differently. Traffic: 2(n-1)/n of x's bytes per rank; backward none.
     Raises FcommError for another op, TypeError if op has no meaning for x's dtype.
     """
-    checks.op_of("all_reduce_invariant", op, x, group, LINEAR_OPS)
+    checks.op_of("all_reduce_invariant", op, x, LINEAR_OPS)
     return apply("all_reduce_invariant", x, group, backend, op)
 
 
