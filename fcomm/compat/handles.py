@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fcomm.backends.c10d import c10d
@@ -65,7 +66,9 @@ def takes_handles(fn: F) -> F:
     def call(*args: Any, group: Any = None, backend: Backend | None = None, **options: Any) -> Any:
         rest = []
         for a in args:
-            if isinstance(a, Backend):
+            if isinstance(a, Tensor):  # first: Dynamo cannot ask whether a tensor is a ProcessGroup
+                rest.append(a)
+            elif isinstance(a, Backend):
                 backend = a
             elif any(isinstance(a, kind) for kind in _GROUPS):  # one by one: Dynamo knows no tuple with opaque types
                 group = a
