@@ -109,23 +109,30 @@ def rank_in_group(name: str, option: str, rank: int, group: Group) -> int:
     return rank
 
 
+_PAIRS = (tuple, list, Sequence)  # the usual ones first: asking an abstract class takes long
+
+
 def canonical_perm(name: str, perm: Sequence[tuple[int, int]], group: Group) -> list[int]:
     """The pairs of a permutation as a flat list; every source and every destination at most once."""
     is_group(name, group)
     if not isinstance(perm, Sequence) or isinstance(perm, str):
         raise ArgumentError(f"{name}: perm is {perm!r} on group '{group.name}'; pass (source, destination) pairs")
-    flat = []
+    flat: list[int] = []
     for pair in perm:
-        if not isinstance(pair, Sequence) or len(pair) != 2:
+        if not isinstance(pair, _PAIRS) or len(pair) != 2:
             raise ArgumentError(
                 f"{name}: perm has the entry {pair!r} on group '{group.name}'; pass (source, destination) pairs"
             )
-        flat += [rank_in_group(name, "a rank in perm", rank, group) for rank in pair]
+        flat += pair
+    n = group.size
+    for rank in flat:
+        if type(rank) is not int or not 0 <= rank < n:
+            rank_in_group(name, "a rank in perm", rank, group)
     for what, ranks in (("source", flat[::2]), ("destination", flat[1::2])):
-        twice = sorted({r for r in ranks if ranks.count(r) > 1})
-        if twice:
+        if len(set(ranks)) < len(ranks):
+            twice = min(r for r in ranks if ranks.count(r) > 1)
             raise ArgumentError(
-                f"{name}: perm={list(perm)} names {what} {twice[0]} twice on group '{group.name}'; "
+                f"{name}: perm={list(perm)} names {what} {twice} twice on group '{group.name}'; "
                 "each rank sends at most once and receives at most once, use broadcast or reduce for more"
             )
     return flat
