@@ -47,7 +47,8 @@ def test_signatures_are_torchs(name: str) -> None:
     original = getattr(theirs, name, None)
     if original is None:
         assert "_single" in name, f"torch {torch.__version__} has no {name}"
-        original = getattr(theirs, name.replace("_single", "_tensor", 1))
+        older = [name.replace("_single", old, 1) for old in ("_tensor", "_into_tensor")]
+        original = next(getattr(theirs, n) for n in older if hasattr(theirs, n))
     mine = dict(inspect.signature(getattr(funcol, name)).parameters)
     assert mine.pop("backend", None) is not None or name == "wait_tensor"
     expected = inspect.signature(original).parameters

@@ -9,6 +9,7 @@ source, and vmap, torch.func and forward mode work; permute_tensor takes tensors
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -22,26 +23,28 @@ from fcomm.group import Backend, Group
 ReduceOp = str | dist.ReduceOp | dist.ReduceOp.RedOpType
 
 _OPS = {"avg": "mean", "product": "prod"}
-_NAMES = {
-    dist.ReduceOp.SUM: "sum",
-    dist.ReduceOp.AVG: "mean",
-    dist.ReduceOp.PRODUCT: "prod",
-    dist.ReduceOp.MIN: "min",
-    dist.ReduceOp.MAX: "max",
-    dist.ReduceOp.BAND: "band",
-    dist.ReduceOp.BOR: "bor",
-    dist.ReduceOp.BXOR: "bxor",
-}
+# Pairs, no dictionary: torch.compile before 2.13 cannot hash these objects.
+_NAMES = (
+    (dist.ReduceOp.SUM, "sum"),
+    (dist.ReduceOp.AVG, "mean"),
+    (dist.ReduceOp.PRODUCT, "prod"),
+    (dist.ReduceOp.MIN, "min"),
+    (dist.ReduceOp.MAX, "max"),
+    (dist.ReduceOp.BAND, "band"),
+    (dist.ReduceOp.BOR, "bor"),
+    (dist.ReduceOp.BXOR, "bxor"),
+)
 
 
 def op_name(op: ReduceOp) -> str:
     """torch's name or object of a reduction -> fcomm's name."""
     if isinstance(op, str):
         return _OPS.get(op.lower(), op.lower())
-    for known, name in _NAMES.items():
-        if op == known:
-            return name
-    raise ArgumentError(f"reduceOp is {op!r}; choose one of {', '.join(_NAMES.values())}")
+    for is_same in (operator.is_, operator.eq):  # torch.compile before 2.13 cannot compare with ==
+        for known, name in _NAMES:
+            if is_same(op, known):
+                return name
+    raise ArgumentError(f"reduceOp is {op!r}; choose one of {', '.join(name for _, name in _NAMES)}")
 
 
 def _handles(group: GroupLike, tag: str, backend: Backend | None) -> tuple[Group, Backend]:
