@@ -38,7 +38,7 @@ def check_op(name: str, op: str, dtype: torch.dtype, allowed: Sequence[str] = OP
     """Raise if op is unknown (FcommError) or has no meaning for dtype (TypeError, naming both)."""
     if op not in allowed:
         raise FcommError(f"{name}: op is {op!r}; choose one of {', '.join(allowed)}")
-    if op in ("sum", "prod"):
+    if op in ("sum", "prod"):  # every dtype has them
         return
     if op in BIT_OPS and (dtype.is_floating_point or dtype.is_complex):
         raise TypeError(

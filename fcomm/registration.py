@@ -167,27 +167,27 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
 # --- the machine --------------------------------------------------------------------------------------------------
 
 
-# Looked up once: a small collective costs what its call costs.
-_are_transforms_active = _C._are_functorch_transforms_active
-_dispatch_modes = _C._len_torch_dispatch_stack
-_function_modes = _C._len_torch_function_stack
-_is_profiling = _C._autograd._profiler_enabled
-_is_grad_enabled = _C.is_grad_enabled
-_is_wrapped = _C._functorch.is_functorch_wrapped_tensor
-# autograd.grad(is_grads_batched=True) runs backward on the batches of torch's first vmap, not functorch's.
-_is_legacy_batch = _C._functorch.is_legacy_batchedtensor
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-
-
 def _is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether no transform, mode, derivative or profiler is watching an eager call on these tensors."""
-    if _are_transforms_active() or _dispatch_modes() or _function_modes() or fwd._current_level >= 0 or _is_profiling():
+    if (
+        _C._are_functorch_transforms_active()
+        or _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or fwd._current_level >= 0
+        or _C._autograd._profiler_enabled()
+    ):
         return False
-    grad = _is_grad_enabled()
+    grad = _C.is_grad_enabled()
     for x in tensors:
-        if type(x) not in _PLAIN_TYPES or (grad and x.requires_grad) or _is_wrapped(x) or _is_legacy_batch(x):
+        if type(x) not in _PLAIN_TYPES or (grad and x.requires_grad) or _C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        # autograd.grad(is_grads_batched=True) runs backward on the batches of torch's first vmap, not functorch's.
+        if _C._functorch.is_legacy_batchedtensor(x):
             return False
     return True
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Backend, params: Sequence[Any]) -> Tensor:
@@ -610,7 +610,10 @@ def constant_to_compiler(fn: _F) -> _F:
 
 
 def holds(fact: bool) -> bool:
-    """fact; of lengths that a compiled graph reads from a tensor True, and the graph checks it whenever it runs."""
+    """fact; of lengths that a graph reads from a tensor True, and the compiler is told.
+
+    The graph checks it whenever it runs; but where a length is said to be equal to another, torch takes one for both.
+    """
     if not torch.compiler.is_compiling():
         return fact
     from torch.fx.experimental.symbolic_shapes import guard_or_true  # importing it takes a second

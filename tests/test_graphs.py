@@ -247,7 +247,15 @@ def _lengths_read_in_a_graph(world: Group, compiler: str) -> list[str]:
             x = torch.arange(2.0 * lengths[world.rank or 0]).reshape(-1, 2) + (world.rank or 0)
             got, want = compiled(x, torch.tensor(lengths)), fn(x, torch.tensor(lengths))
             failures += [f"{g} is not {w}" for g, w in zip(got, want, strict=True) if not torch.allclose(g, w)]
-        with pytest.raises(RuntimeError):
+        scatter = torch.compile(
+            lambda x, lengths: fcomm.reduce_scatter(x, world, fcomm.c10d, sizes=lengths.tolist()),
+            fullgraph=True, backend=compiler, dynamic=True,
+        )  # fmt: skip
+        scatter(torch.ones(8, 2), torch.tensor(lengths))
+        with pytest.raises(RuntimeError, match=r"Eq\("):
+            scatter(torch.ones(9, 2), torch.tensor(lengths))
+        # A rank's own length: torch takes x's for it, and the ranks disagree.
+        with pytest.raises(fcomm.MismatchError, match="pass different sizes"):
             compiled(x, torch.tensor(lengths) + 1)
     return failures + ([] if graphs == 1 else [f"compiled {graphs} times"])
 
