@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fcomm
 from fcomm import Group
+from fcomm.backends import processgroup
 from fcomm.testing import TRANSFORMS, check_case, run_ranks
 
 Record = Callable[[str, object], None]
@@ -39,6 +40,25 @@ def checked(
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_every_case_under_every_transform(size: int, record_property: Record) -> None:
     checked(record_property, size, tuple(CASES))
+
+
+def over_edges(world: Group) -> list[str]:
+    """send and recv as on devices: a process group for each direction, opened by its first message."""
+    processgroup._DIRECTED = ("cpu",)
+    n, rank, failures = world.size, world.rank or 0, check(world, ("send and recv-ring",), ALL)
+    for i in range(3):
+        x = torch.full((100_000,), float(10 * i + rank))
+        token = [fcomm.send(x, world, fcomm.c10d, dst=dst) for dst in range(n) if dst != rank]
+        x.zero_()  # the caller's to write again
+        for src in range(n):
+            if src != rank:
+                y = fcomm.recv(torch.zeros_like(x), world, fcomm.c10d, src=src, after=token[0])
+                failures += [] if (y == 10 * i + src).all() else [f"message {i} from {src}: {y[:3]}"]
+    return failures
+
+
+def test_messages_over_edges() -> None:
+    run_ranks(over_edges, 3)
 
 
 def test_compiled(record_property: Record) -> None:

@@ -216,6 +216,11 @@ def test_the_index_of_a_rank_is_a_constant() -> None:
     assert not fcomm.simulate(lambda x: fcomm.axis_index(G, fcomm.sim), G)(stack(1, 1, 1)).requires_grad
 
 
+def test_axis_index_is_where_the_arguments_are() -> None:
+    x = torch.empty(3, device="meta")
+    assert fcomm.simulate(lambda x: x * fcomm.axis_index(G, fcomm.sim), G)(x).device == x.device
+
+
 # --- in processes, against autograd over explicit lists of the ranks' tensors -----------------------------------------
 
 SEND = [[1, 2, 0, 1], [0, 1, 3, 0], [2, 0, 1, 1], [1, 1, 0, 2]]

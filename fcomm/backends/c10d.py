@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fcomm.arithmetic import fold
-from fcomm.backends.processgroup import Communicator, call, calling, compare_calls, send_later
+from fcomm.backends.processgroup import Communicator, call, calling, compare_calls, receive, send_later
 from fcomm.collectives.exchange import pairs
 from fcomm.errors import MismatchError
 from fcomm.group import Backend, register_backend
@@ -284,14 +284,14 @@ def _send(x: Tensor, on: Communicator, *, dst: int) -> Tensor:
 
 def _recv(after: Tensor, like: Tensor, on: Communicator, *, src: int) -> Tensor:
     header = _header(like)
-    call(on, lambda pg: pg.recv([header], src, 0))
+    receive(on, header, src, 0)
     count, width = header.tolist()
     y = torch.empty_like(like)
     fits = [count, width] == [like.numel(), like.element_size()]
     # What does not fit is taken off the edge, so that the next receive does not get it.
     into = _bytes(y) if fits else torch.empty(count * width, dtype=torch.uint8, device=like.device)
     if into.numel():
-        call(on, lambda pg: pg.recv([into], src, 1))
+        receive(on, into, src, 1)
     if not fits:
         raise _mismatch(
             on,

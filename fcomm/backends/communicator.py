@@ -27,10 +27,10 @@ from fcomm.backends.machine import (
     Team,
     current,
     is_capturing,
-    start_worker,
     stream_of,
     synchronize,
 )
+from fcomm.backends.worker import start_worker
 from fcomm.errors import FcommError, RendezvousError
 from fcomm.group import Group
 from fcomm.rendezvous import live

@@ -17,7 +17,8 @@ from typing import TypeVar
 
 from fcomm.backends import ccall
 from fcomm.backends.ccall import Library
-from fcomm.backends.machine import LOG, Channel, Team, current, start_worker
+from fcomm.backends.machine import LOG, Channel, Team, current
+from fcomm.backends.worker import start_worker
 from fcomm.errors import BackendError, CollectiveTimeoutError, FcommError, GroupPoisonedError, PeerDiedError
 
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from fcomm.backends import ccall
 from fcomm.backends.failure import SLICE_S, abort, give_up, look_around, raise_failure
-from fcomm.backends.machine import LOG, Team, current, is_capturing, start_worker
+from fcomm.backends.machine import LOG, Team, is_capturing
+from fcomm.backends.worker import start_worker, submit_behind
 from fcomm.errors import CollectiveTimeoutError, FcommError
 
 _FAREWELL_S = 0.5  # a message that was received is known to be within this time
@@ -33,29 +35,17 @@ def send_later(on: Team, x: Tensor, dst: int, call: Callable[[], None]) -> None:
         raise FcommError(f"{on.where('send')}: a graph cannot capture it, its thread is not captured; use ppermute")
     if dst not in on.senders:
         on.senders[dst] = start_worker()
-    module = None if on.device.type == "cpu" else torch.get_device_module(on.device)
-    event = module.Event() if module else None
-    if event is not None:
-        event.record()
 
     def task() -> None:
         try:
-            if module is None:
-                call()
-                return
-            with current(on.device):
-                side = module.Stream()
-                with module.stream(side):
-                    side.wait_event(event)
-                    call()
-                x.record_stream(side)
+            call()
         except FcommError:
             on.told = False  # nobody waits for this thread: the next call on the group raises it
             raise
 
     while on.sending and on.sending[0][1].done():
         on.sending.popleft()[1].result()
-    on.sending.append((dst, on.senders[dst].submit(task)))
+    on.sending.append((dst, submit_behind(on.senders[dst], x, task)))
 
 
 def finish_sending(on: Team, deadline: float) -> BaseException | None:
@@ -142,12 +132,15 @@ def _watch_teams() -> None:
 
 
 def look_at_pending(on: Team) -> None:
-    """Give up on the team if what the device has not finished is late, or the library or a rank has failed."""
+    """Give up on the team if what the device has not finished is late, or the library or a rank has failed.
+
+    With nothing pending, too: a call after another rank's failure shall raise, and not put a kernel that nobody meets
+    on the device.
+    """
     with on.lock:
-        oldest = on.pending[0] if on.pending else None
-    if oldest is None or on.failure is not None:
+        _, deadline, op = on.pending[0] if on.pending else (None, math.inf, "between calls")
+    if on.failure is not None:
         return
-    _, deadline, op = oldest
     library = on.machine.load()
     # Held while aborting: no other thread may be inside the library then.
     with on.main.lock:

@@ -4,6 +4,7 @@ machine.py       the values: Machine, Comm, Channel, Team; the device's stream
 communicator.py  opening, calling, closing
 failure.py       deadlines, other ranks' failures, the abort
 later.py         what goes on after a call has returned: sends, and a device's kernels
+worker.py        the threads of calls that may wait
 lowering.py      the collectives
 """
 
@@ -17,18 +18,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fcomm.backends.ccall import Library
+from fcomm.backends.worker import Worker
 from fcomm.errors import FcommError
 from fcomm.group import Group
 from fcomm.rendezvous import Live
-
-T = TypeVar("T")
 
 LOG = logging.getLogger("fcomm")
 
@@ -94,43 +93,6 @@ class Machine:
 
     def has_uneven(self, name: str) -> bool:
         return name in self.uneven and self.uneven[name] in self.load()
-
-
-@dataclass
-class Worker:
-    """A thread that runs calls one after the other. A daemon: a call that never returns must not keep the process."""
-
-    tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = field(default_factory=SimpleQueue)
-
-    def submit(self, fn: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        self.tasks.put((fn, future))
-        return future
-
-    def stop(self) -> None:
-        """Let the thread end after what it was given."""
-        self.tasks.put(None)
-
-
-def _do(fn: Callable[[], Any], future: Future[Any]) -> None:
-    try:
-        future.set_result(fn())
-    except BaseException as error:
-        future.set_exception(error)
-
-
-def start_worker() -> Worker:
-    worker = Worker()
-
-    def work() -> None:
-        # The mode is each thread's own; outside it, a copy into the caller's inference tensor is refused.
-        with torch.inference_mode():
-            while (task := worker.tasks.get()) is not None:
-                _do(*task)
-                del task  # or it would keep a call's tensors until the next one
-
-    threading.Thread(target=work, name="fcomm", daemon=True).start()
-    return worker
 
 
 @dataclass

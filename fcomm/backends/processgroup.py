@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fcomm import processes
+from fcomm.backends.worker import Worker, start_worker, submit_behind
 from fcomm.bootstrap import come
 from fcomm.errors import (
     BackendError,
@@ -46,6 +48,20 @@ _ERRORS: dict[str, type[FcommError]] = {
 }
 
 
+# torch's NCCL has one communicator for both directions between two ranks: where both send before they receive, opening
+# it fails ("internal error"). So there send and recv have a process group for each direction.
+_DIRECTED = ("cuda",)
+
+
+@dataclass
+class Edge:
+    """From one rank to another: a process group of the two, made by its first message, and the sender's thread."""
+
+    pg: Any = None
+    worker: Worker | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 @dataclass
 class Communicator:
     """A group's process group for one device type, and where this rank is in its sequence of calls.
@@ -53,7 +69,8 @@ class Communicator:
     owned: made here, and not the caller's.
     check: every call is compared over the ranks before it is made (FCOMM_CHECK=1).
     peers: the ranks' identities, as in fcomm/processes.py.
-    sending: the sends that may still be on their way, with the tensors they read.
+    directed: send and recv use edges.
+    sending: the sends that may still be on their way, or futures of them, with the tensors they read.
     """
 
     group: Group
@@ -64,9 +81,11 @@ class Communicator:
     check: bool
     peers: Sequence[str]
     store: dist.Store
+    directed: bool
     calls: int = 0
     name: str = ""
     sending: list[tuple[Any, Tensor]] = field(default_factory=list)
+    edges: dict[tuple[int, int], Edge] = field(default_factory=dict)
     failure: FcommError | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -128,11 +147,43 @@ def call(on: Communicator, start: Callable[[Any], Any]) -> None:
 
 def send_later(on: Communicator, x: Tensor, dst: int, tag: int) -> None:
     """Start a send and do not wait for it; x must not be written any more."""
-    on.sending = [(work, sent) for work, sent in on.sending if not work.is_completed()]
     try:
-        on.sending.append((on.pg.send([x], dst, tag), x))
+        on.sending = [(work, sent) for work, sent in on.sending if not _is_sent(work)]
+        if not on.directed:
+            on.sending.append((on.pg.send([x], dst, tag), x))
+            return
+        edge = on.edges.setdefault((on.rank, dst), Edge())
+        edge.worker = edge.worker or start_worker()
+        # In its thread: until the receiver comes, even the process group is not there.
+        sent = submit_behind(edge.worker, x, lambda: _opened(on, on.rank, dst).send([x], 1, tag))
+        on.sending.append((sent, x))
     except RuntimeError as error:
         raise _fail(on, error) from error
+
+
+def receive(on: Communicator, y: Tensor, src: int, tag: int) -> None:
+    """Receive into y, contiguous."""
+    if on.directed:
+        call(on, lambda _: _opened(on, src, on.rank).recv([y], 0, tag))
+    else:
+        call(on, lambda pg: pg.recv([y], src, tag))
+
+
+def _opened(on: Communicator, src: int, dst: int) -> Any:
+    edge = on.edges.setdefault((src, dst), Edge())
+    with edge.lock:
+        if edge.pg is None:
+            # A client of its own: one that waits for a key lets no other thread through.
+            own = on.store.clone()  # type: ignore[attr-defined]  # not in the stub
+            store = dist.PrefixStore(f"edge/{src}-{dst}", own)
+            edge.pg = _process_group(on, store, int(on.rank == dst), 2)
+    return edge.pg
+
+
+def _is_sent(work: Any) -> bool:
+    if isinstance(work, Future):
+        return work.done() and _is_sent(work.result())
+    return bool(work.is_completed())
 
 
 def _fail(on: Communicator, error: Exception) -> FcommError:
@@ -158,11 +209,12 @@ def _open(group: Group, device: str) -> Communicator:
     owner, pg = live(group), live(group).process_group
     store = dist.PrefixStore(f"c10d/{device}", owner.store)
     check = os.environ.get("FCOMM_CHECK", "0") not in ("", "0")
-    on = Communicator(group, owner, device, pg, pg is None, check, owner.identities, store)
+    directed = device in _DIRECTED and not _is_fake(pg)
+    on = Communicator(group, owner, device, pg, pg is None, check, owner.identities, store, directed)
     try:
         on.peers = [""] * on.size if _is_fake(pg) else _introduce(on)
         if on.owned:
-            on.pg = _process_group(on)
+            on.pg = _process_group(on, on.store, on.rank, on.size)
     except RuntimeError as error:
         raise error if isinstance(error, FcommError) else _account(on, error) from error
     return on
@@ -175,13 +227,12 @@ def _is_fake(pg: Any) -> bool:
     return False
 
 
-def _process_group(on: Communicator) -> Any:
+def _process_group(on: Communicator, store: dist.Store, rank: int, size: int) -> Any:
     timeout = timedelta(seconds=on.live.timeout_s)
     if on.device == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
-        return dist.ProcessGroupNCCL(on.store, on.rank, on.size, options)
+        return dist.ProcessGroupNCCL(store, rank, size, timeout)  # type: ignore[arg-type]  # not in the stub
     with _on_loopback(on.peers):
-        return dist.ProcessGroupGloo(on.store, on.rank, on.size, timeout)
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
 def _introduce(on: Communicator) -> list[str]:
@@ -232,9 +283,14 @@ def _on_loopback(peers: Sequence[str]) -> Iterator[None]:
 def _close(on: Communicator) -> None:
     if on.failure is not None:
         return
-    with suppress(RuntimeError):
+    with suppress(RuntimeError, TimeoutError):
         for work, _ in on.sending:
-            work.wait(timedelta(seconds=on.live.timeout_s))
+            started = work.result(on.live.timeout_s) if isinstance(work, Future) else work
+            started.wait(timedelta(seconds=on.live.timeout_s))
+    for edge in on.edges.values():
+        if edge.worker is not None:
+            edge.worker.stop()
+    on.edges.clear()
     with suppress(RuntimeError):
         on.store.set(f"closed/{on.rank}", str(on.calls))
     on.pg = None

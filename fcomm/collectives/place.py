@@ -15,8 +15,9 @@ def axis_index(group: Group, backend: Backend) -> Tensor:
         rank 0  0
         rank 1  1
 
-    An int64 tensor of shape (), on the CPU. A tensor and not an int, so that one graph serves all ranks and simulated
-    ones. vjp: none, it is an integer. Traffic: none.
+    An int64 tensor of shape (), on the CPU, where it mixes with tensors of any device; under simulate on the device of
+    its first tensor argument. A tensor and not an int, so that one graph serves all ranks and simulated ones.
+    vjp: none, it is an integer. Traffic: none.
     """
     return apply("axis_index", (), group, backend)
 

@@ -135,19 +135,26 @@ def _close(got: Any, expected: Any, what: str) -> list[str]:
     failures = []
     for part, (a, b) in enumerate(zip(got, expected, strict=True)):
         try:
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-9, equal_nan=True)
         except AssertionError as error:
             failures.append(f"{what}, result {part}: {error}")
     return failures
 
 
 def check_case(
-    case: Case, backend: Backend, group: Group, transforms: Iterable[str] = TRANSFORMS, *, compiler: str | None = None
+    case: Case,
+    backend: Backend,
+    group: Group,
+    transforms: Iterable[str] = TRANSFORMS,
+    *,
+    compiler: str | None = None,
+    device: str = "cpu",
 ) -> list[str]:
     """Run transforms of one case on this rank of a live group, or on a simulated axis; return what came out wrong.
 
     compiler: None for eager, or a torch.compile backend; all transforms are then one program, compiled with
     fullgraph=True, which takes half the time of one program each.
+    device: where the programs' tensors are; the oracle's are on the CPU.
     """
     values = _values(case, group.size)
     names = [n for n in transforms if not reason_to_leave_out(case, n, group.simulated, compiler is not None)]
@@ -155,7 +162,7 @@ def check_case(
     where, how = f"{case.id} on {backend.name}, {group.size} ranks", f"compiled by {compiler}" if compiler else "eager"
     for some in [names] if compiler else [[name] for name in names]:
         try:
-            results = _results(case, backend, group, some, values, compiler)
+            results = _results(case, backend, group, some, values, compiler, device)
         except Exception as error:
             if compiler:  # its report is pages long, and the whole program's
                 raise
@@ -171,7 +178,13 @@ def check_case(
 
 
 def _results(
-    case: Case, backend: Backend, group: Group, names: Sequence[str], values: _Values, compiler: str | None
+    case: Case,
+    backend: Backend,
+    group: Group,
+    names: Sequence[str],
+    values: _Values,
+    compiler: str | None,
+    device: str,
 ) -> list[Any]:
     """What the programs of the transforms return, in the order of names."""
 
@@ -197,7 +210,7 @@ def _results(
     if not group.simulated:
         arguments = tuple(v[group.rank or 0] for v in arguments)
     # A rule that writes into its cotangent must not spoil the next program's.
-    arguments = tuple(v.clone() for v in arguments)
+    arguments = tuple(v.to(device, copy=True) for v in arguments)
     results = _compiled(program, compiler)(*arguments)
     for name in names:
         if name not in together:

@@ -184,7 +184,7 @@ def _inference_program(f: Map, x: Tensor, ct: Tensor, t: Tensor) -> Tensor:
 
 
 def _autocast_program(f: Map, x: Tensor, ct: Tensor, t: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         return f(x)
 
 

@@ -1,0 +1,71 @@
+"""A thread that runs calls in order, for those that may wait for another rank."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass
+class Worker:
+    """A thread that runs calls one after the other. A daemon: a call that never returns must not keep the process."""
+
+    tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = field(default_factory=SimpleQueue)
+
+    def submit(self, fn: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self.tasks.put((fn, future))
+        return future
+
+    def stop(self) -> None:
+        """Let the thread end after what it was given."""
+        self.tasks.put(None)
+
+
+def _do(fn: Callable[[], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(fn())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def start_worker() -> Worker:
+    worker = Worker()
+
+    def work() -> None:
+        # The mode is each thread's own; outside it, a copy into the caller's inference tensor is refused.
+        with torch.inference_mode():
+            while (task := worker.tasks.get()) is not None:
+                _do(*task)
+                del task  # or it would keep a call's tensors until the next one
+
+    threading.Thread(target=work, name="fcomm", daemon=True).start()
+    return worker
+
+
+def submit_behind(worker: Worker, x: Tensor, fn: Callable[[], T]) -> Future[T]:
+    """Have the worker run fn, which reads x, on a stream of its own: after what the current stream has done so far."""
+    if x.device.type == "cpu":
+        return worker.submit(fn)
+    module = torch.get_device_module(x.device)
+    before = module.current_stream(x.device).record_event()
+
+    def task() -> T:
+        with module.device(x.device):
+            side = module.Stream()
+            with module.stream(side):
+                side.wait_event(before)
+                result = fn()
+        x.record_stream(side)
+        return result
+
+    return worker.submit(task)
