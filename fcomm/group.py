@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -80,12 +81,15 @@ GROUPS: dict[str, Group] = {}
 BACKENDS: dict[str, Backend] = {}
 # graph_keys of the groups by key: a compiler may take a group's numbers for symbols, which no text can hold.
 GRAPH_KEYS: dict[str, tuple[str, str]] = {}
+# What calls by these names have found; a name that changes hands clears them.
+FOUND: list[dict[Any, Any]] = []
 
 
 def register_group(group: Group) -> Group:
     """Make the group known to the dispatcher under its keys; returns it."""
     GRAPH_KEYS[group.key] = group.graph_keys
     GROUPS.update(dict.fromkeys((group.key, *group.graph_keys), group))
+    forget_found()
     return group
 
 
@@ -94,11 +98,19 @@ def forget_group(group: Group) -> None:
     GRAPH_KEYS.pop(group.key, None)
     for key in (group.key, *group.graph_keys):
         GROUPS.pop(key, None)
+    forget_found()
+
+
+def forget_found() -> None:
+    """Empty what calls have found."""
+    for found in FOUND:
+        found.clear()
 
 
 def register_backend(backend: Backend) -> Backend:
     """Make the backend known to the dispatcher under its name; returns it."""
     BACKENDS[backend.name] = backend
+    forget_found()
     return backend
 
 

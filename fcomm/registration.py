@@ -34,7 +34,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fcomm.errors import FcommError
-from fcomm.group import BACKENDS, GRAPH_KEYS, GROUPS, Backend, Group
+from fcomm.group import BACKENDS, FOUND, GRAPH_KEYS, GROUPS, Backend, Group, forget_found
 from fcomm.record import Record, Rule, always_linear, check_record
 from fcomm.rendezvous import live
 
@@ -126,6 +126,8 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
     check_call(name, tensors, group, backend)
     if not torch.compiler.is_compiling() and _is_plain(tensors):
         # Nothing but the machine is interested: skip the dispatcher, which costs more than a small collective.
+        if GROUPS.get(group.name) is group and BACKENDS.get(backend.name) is backend:
+            return _OPS[name].machine(*tensors, None, *params, group.name, backend.name)  # type: ignore[no-any-return]
         return _lower(RECORDS[name], tensors, group, backend, params)
     key = group.key
     of_size, of_rank = GRAPH_KEYS.get(key, (key, key))
@@ -235,15 +237,14 @@ def _lowering_kernel(record: Record) -> Rule:
         backend = BACKENDS.get(args[-1]) or _backend(name, args[-1])
         return _lower(record, args[:count], group, backend, args[count + 1 : -2])
 
-    # What calls with the same static arguments found before: a compiled graph makes the same few again and again.
-    found: dict[tuple[Any, ...], tuple[Group, Backend, Rule]] = {}
-    _FOUND.append(found)
+    # What calls with the same static arguments found before: a program makes the same few again and again.
+    found: dict[tuple[Any, ...], tuple[Group, Rule]] = {}
+    FOUND.append(found)
 
-    def lowering_kernel_of_one(*args: Any) -> Tensor:
-        group, backend, call = found.get(args[1:], _NOTHING)
-        if GROUPS.get(args[-2]) is not group or BACKENDS.get(args[-1]) is not backend:
-            return first_call(*args)
-        x = args[0]
+    def lowering_kernel_of_one(x: Tensor, *rest: Any) -> Tensor:
+        group, call = found.get(rest, _NOTHING)
+        if call is None:
+            return first_call(x, *rest)
         if not x.is_contiguous() or x.is_conj() or x.is_neg():
             x = _ready(x)
         return call(x, group)  # type: ignore[no-any-return]
@@ -256,24 +257,16 @@ def _lowering_kernel(record: Record) -> Rule:
             if len(found) >= _MOST_FOUND:
                 found.clear()
             call = partial(lowering, **dict(zip(record.params, args[2:-2], strict=True)))
-            found[args[1:]] = group, backend, call
+            found[args[1:]] = group, call
         return y
 
     return lowering_kernel_of_one if count == 1 and not record.has_lists else lowering_kernel
 
 
-_NOTHING: tuple[Any, Any, Any] = (object(), None, None)
+_NOTHING: tuple[Any, Any] = (None, None)
 _MOST_FOUND = 1000
-_FOUND: list[dict[tuple[Any, ...], tuple[Group, Backend, Rule]]] = []
-
-
-def _forget_all() -> None:
-    # A forked child's groups are its parent's; live() says so, in first_call.
-    for found in _FOUND:
-        found.clear()
-
-
-os.register_at_fork(after_in_child=_forget_all)
+# A forked child's groups are its parent's; live() says so, in first_call.
+os.register_at_fork(after_in_child=forget_found)
 
 
 def _group(name: str, key: str) -> Group:
@@ -339,7 +332,7 @@ def _shorten_inductor_call(op: Any) -> None:
             return result
         node, *earlier = made
         if not V.graph.cpp_wrapper:
-            node.python_kernel_name = direct
+            node.get_kernel_name = lambda: _name_in_module(V.graph.wrapper_code, direct)
         if V.graph.is_backward and V.graph.current_node.meta.get("partitioner_tag") == "is_forward":
             # A call of forward, which the backward graph holds for its result: without a use it is not made again.
             node.has_side_effects = lambda: False
@@ -352,6 +345,15 @@ def _shorten_inductor_call(op: Any) -> None:
         return result
 
     lowering.register_lowering(op, type_promotion_kind=None)(call_machine)
+
+
+def _name_in_module(wrapper: Any, dotted: str) -> str:
+    """A global of the generated module for it: five look-ups less in each call."""
+    if type(wrapper).__name__ != "PythonWrapperCodegen":  # a part of a module, whose head is another wrapper's
+        return dotted
+    name = "_".join(dotted.split(".")[2:4])
+    wrapper.add_import_once(f"{name} = {dotted}")
+    return name
 
 
 @cache

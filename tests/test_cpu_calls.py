@@ -148,7 +148,7 @@ def check_graph(world: fcomm.Group) -> list[str]:
     failures = []
     if not (torch.equal(y, eager) and torch.equal(again, eager)):
         failures.append(f"{y} {again} is not {eager}")
-    if (code.count(".all_reduce.default.machine("), code.count(".all_gather.default.machine(")) not in ((3, 1), (2, 1)):
+    if (code.count("= fcomm_all_reduce("), code.count("= fcomm_all_gather(")) not in ((3, 1), (2, 1)):
         failures.append(code)
     # Equal calls may be one, unused ones may not be none.
     if rounds not in (eager_rounds, eager_rounds - 1):
