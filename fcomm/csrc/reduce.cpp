@@ -21,7 +21,7 @@ struct Arithmetic {
     bool stream;
   };
   void fold(Place a, Place b, const void *const *in, int n, std::size_t nbytes) const {
-    constexpr std::size_t kBlock = 8 << 10;
+    constexpr std::size_t kBlock = 16 << 10;
     alignas(64) char block[kBlock];
     const void *rest[FCOMM_MAX_RANKS];
     for (std::size_t at = 0; at < nbytes; at += kBlock) {
