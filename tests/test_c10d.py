@@ -61,6 +61,18 @@ def test_messages_over_edges() -> None:
     run_ranks(over_edges, 3)
 
 
+def on_another_device(world: Group) -> list[str]:
+    with pytest.raises(
+        fcomm.FcommError, match="x is on device 'npu', and process groups are made here for cpu and cuda"
+    ):
+        processgroup.communicator(world, "npu")
+    return []
+
+
+def test_a_device_without_process_groups_is_refused() -> None:
+    run_ranks(on_another_device, 2)
+
+
 def test_compiled(record_property: Record) -> None:
     checked(record_property, 2, FIRST, SAMPLE, "aot_eager")
 

@@ -60,6 +60,12 @@ def test_every_case_compiled(fifth: int, compiler: str, size: int) -> None:
     run_ranks(check, size, DOUBLE, sized(size)[fifth::5], ("forward", "grad", "vjp", "jvp"), compiler, timeout_s=590)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("tenth", range(10))
+def test_every_case_compiled_under_every_transform(tenth: int) -> None:
+    run_ranks(check, 2, DOUBLE, sized(2)[tenth::10], tuple(TRANSFORMS), "aot_eager", timeout_s=590)
+
+
 def test_every_dtype_and_reduction() -> None:
     run_ranks(all_dtypes, 3, DOUBLE)
 

@@ -51,6 +51,7 @@ _ERRORS: dict[str, type[FcommError]] = {
 # torch's NCCL has one communicator for both directions between two ranks: where both send before they receive, opening
 # it fails ("internal error"). So there send and recv have a process group for each direction.
 _DIRECTED = ("cuda",)
+_STARTING = threading.Lock()
 
 
 @dataclass
@@ -153,7 +154,8 @@ def send_later(on: Communicator, x: Tensor, dst: int, tag: int) -> None:
             on.sending.append((on.pg.send([x], dst, tag), x))
             return
         edge = on.edges.setdefault((on.rank, dst), Edge())
-        edge.worker = edge.worker or start_worker()
+        with _STARTING:
+            edge.worker = edge.worker or start_worker()
         # In its thread: until the receiver comes, even the process group is not there.
         sent = submit_behind(edge.worker, x, lambda: _opened(on, on.rank, dst).send([x], 1, tag))
         on.sending.append((sent, x))
@@ -205,8 +207,16 @@ def _is_done(work: Any) -> bool:
 # --- opening and closing ------------------------------------------------------------------------------------------
 
 
+_MADE_FOR = ("cpu", "cuda")
+
+
 def _open(group: Group, device: str) -> Communicator:
     owner, pg = live(group), live(group).process_group
+    if pg is None and device not in _MADE_FOR:
+        raise FcommError(
+            f"c10d: x is on device '{device}', and process groups are made here for {' and '.join(_MADE_FOR)} alone; "
+            f"make one with torch.distributed and pass it to fcomm.from_process_group, in place of '{group.name}'"
+        )
     store = dist.PrefixStore(f"c10d/{device}", owner.store)
     check = os.environ.get("FCOMM_CHECK", "0") not in ("", "0")
     directed = device in _DIRECTED and not _is_fake(pg)
