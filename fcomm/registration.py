@@ -291,6 +291,7 @@ def _fake_kernel(record: Record, op: Any) -> Rule:
 
     def fake_kernel(*args: Any) -> Tensor:
         _keep_in_pass(sys.modules.get("torch._functorch.partitioners"))
+        _leave_in_place(sys.modules.get("torch._inductor.fx_passes.post_grad"))
         _never_merge(op)
         _shorten_inductor_call(op)
         *params, group_key, _ = args[count + 1 :]
@@ -319,7 +320,6 @@ def _shorten_inductor_call(op: Any) -> None:
         return
     from torch._inductor.virtualized import V
 
-    _leave_in_place(sys.modules.get("torch._inductor.fx_passes.post_grad"))
     call_op = lowering.fallback_handler(op)
     direct = f"torch.ops.{op.__module__.rpartition('.')[2]}.{op.__name__}.machine"
 

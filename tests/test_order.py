@@ -6,7 +6,9 @@ other. notes/0013-ranks-that-differ.md.
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -95,8 +97,8 @@ def backward(fn: Program) -> Program:
     return both
 
 
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Group, Backend, list[Any]]]:
+@contextmanager
+def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Group, Backend, list[Any]]]:
     """A group of two that has no processes, and a backend that notes its calls and returns ones."""
     log: list[Any] = []
 
@@ -123,6 +125,12 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Group, Backend, 
     torch.compiler.reset()
 
 
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Group, Backend, list[Any]]]:
+    with recording(monkeypatch) as recorded:
+        yield recorded
+
+
 def check_order(seed: int, group: Group, backend: Backend, log: list[Any]) -> None:
     def calls(fn: Program) -> list[Any]:
         log.clear()
@@ -141,6 +149,18 @@ def check_order(seed: int, group: Group, backend: Backend, log: list[Any]) -> No
 @pytest.mark.parametrize("seed", [1, 17])
 def test_random_programs_keep_their_order(seed: int, recorder: tuple[Group, Backend, list[Any]]) -> None:
     check_order(seed, *recorder)
+
+
+def in_part(world: Group) -> None:
+    """opcheck, and whatever else, may have loaded one half of Inductor before the first program is compiled."""
+    importlib.import_module("torch._inductor.lowering")
+    assert "torch._inductor.fx_passes.post_grad" not in sys.modules
+    with pytest.MonkeyPatch.context() as monkeypatch, recording(monkeypatch) as recorded:
+        check_order(17, *recorded)
+
+
+def test_the_order_is_kept_whatever_is_loaded_first() -> None:
+    run_ranks(in_part, 1)
 
 
 @pytest.mark.long
