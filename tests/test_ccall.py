@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from doubles import build
+from torch._subclasses.fake_tensor import FakeTensorMode
 from vendors import DOUBLES, calls, control, module, plant
 
 import fcomm
@@ -388,6 +389,8 @@ def test_a_tensor_of_another_device_is_refused() -> None:
     try:
         with pytest.raises(fcomm.FcommError, match="x is on device 'cpu', backend 'nccl' takes cuda"):
             fcomm.all_reduce(torch.ones(1), world, fcomm.nccl)
+        with FakeTensorMode():
+            assert fcomm.barrier(world, fcomm.nccl).device.type == "cuda"  # its own tensor is where it is taken
         # One rank needs no library.
         assert fcomm.all_reduce(torch.ones(1), world, nccl.open(build.path(DOUBLES["nccl"]), "cpu")).item() == 1
     finally:

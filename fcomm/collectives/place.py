@@ -43,10 +43,14 @@ def barrier(group: Group, backend: Backend, *, after: Tensor | None = None) -> T
     """Return when every rank of the group has called it.
 
     after: a tensor that is computed before; the result is a copy of it that exists only when all ranks arrived, so that
-    what uses the result comes later, in compiled graphs too. Without it a float32 zero of shape ().
+    what uses the result comes later, in compiled graphs too. Without it a float32 zero of shape () on a device that
+    the backend takes.
     vjp: a barrier on the cotangent. Traffic: one flag per rank.
     """
-    return apply("barrier", torch.zeros(()) if after is None else after, group, backend)
+    if after is None:
+        devices = backend.devices if isinstance(backend, Backend) else ()  # apply says what is wrong with another
+        after = torch.zeros((), device=devices[0] if devices else None)
+    return apply("barrier", after, group, backend)
 
 
 define(
