@@ -242,7 +242,11 @@ def _lowering_kernel(record: Record) -> Rule:
     FOUND.append(found)
 
     def lowering_kernel_of_one(x: Tensor, *rest: Any) -> Tensor:
-        group, call = found.get(rest, _NOTHING)
+        try:
+            group, call = found.get(rest, _NOTHING)
+        except TypeError:  # a list among them
+            rest = tuple(tuple(p) if isinstance(p, list) else p for p in rest)
+            group, call = found.get(rest, _NOTHING)
         if call is None:
             return first_call(x, *rest)
         if not x.is_contiguous() or x.is_conj() or x.is_neg():
@@ -260,7 +264,7 @@ def _lowering_kernel(record: Record) -> Rule:
             found[args[1:]] = group, call
         return y
 
-    return lowering_kernel_of_one if count == 1 and not record.has_lists else lowering_kernel
+    return lowering_kernel_of_one if count == 1 else lowering_kernel
 
 
 _NOTHING: tuple[Any, Any] = (None, None)

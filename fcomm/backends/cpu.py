@@ -73,7 +73,9 @@ def _lowering(name: str, call: Callable[..., tuple[int, Tensor]]) -> Lowering:
     elsewhere = c10d.lowerings[name]
 
     def lowering(x: Tensor, group: Group, **options: Any) -> Tensor:
-        c = _communicator(group)
+        c = _OPEN.get(group.name)
+        if c is None or c.group is not group:
+            c = _communicator(group)
         if c.handle is None:
             return elsewhere(x, group, **options)
         status, y = call(x, group, c.handle, **options)
@@ -121,7 +123,7 @@ _remembered = lru_cache(maxsize=4096)
 def _new(shape: Sequence[int], like: Tensor, width: int) -> Tensor:
     if prod(shape) * width >= POOLED_NBYTES:
         return pooled(shape, like)
-    return torch.empty(shape, dtype=like.dtype)
+    return like.new_empty(shape)
 
 
 def _blocks(shape: Sequence[int], dim: int, width: int, count: int) -> tuple[int, int]:
