@@ -193,7 +193,10 @@ PyObject *recv(PyObject *, PyObject *const *args, Py_ssize_t n) {
 PyObject *failure(PyObject *, PyObject *capsule) {
   const Argument<fcomm_comm *> comm(capsule);
   if (!comm.value) return nullptr;
-  const fcomm_failure f = fcomm_last_failure(comm.value);
+  fcomm_failure f;
+  Py_BEGIN_ALLOW_THREADS
+  f = fcomm_last_failure(comm.value);
+  Py_END_ALLOW_THREADS
   return Py_BuildValue("iiiI", f.reason, f.culprit, f.reporter, f.round);
 }
 
@@ -203,7 +206,9 @@ PyObject *describe(PyObject *, PyObject *args) {
   if (!PyArg_ParseTuple(args, "sO", &text, &capsule)) return nullptr;
   const Argument<fcomm_comm *> comm(capsule);
   if (!comm.value) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
   fcomm_describe(comm.value, text);
+  Py_END_ALLOW_THREADS
   return PyLong_FromLong(0);
 }
 

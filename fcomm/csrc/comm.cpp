@@ -401,8 +401,15 @@ void fcomm_free(fcomm_comm *comm) {
   if (fcomm_close(comm) == FCOMM_OK) delete comm;  // in a forked child the lock may be held for ever: leave it
 }
 
-fcomm_failure fcomm_last_failure(const fcomm_comm *comm) { return comm->failure; }
-uint32_t fcomm_round(const fcomm_comm *comm) { return comm->round; }
+fcomm_failure fcomm_last_failure(const fcomm_comm *comm) {
+  const std::unique_lock lock(comm->mutex);
+  return comm->failure;
+}
+
+uint32_t fcomm_round(const fcomm_comm *comm) {
+  const std::unique_lock lock(comm->mutex);
+  return comm->round;
+}
 
 void fcomm_describe(fcomm_comm *comm, const char *text) {
   const std::unique_lock lock(comm->mutex);
@@ -430,11 +437,13 @@ int fcomm_description(fcomm_comm *comm, int rank, double wait_s, char *text, siz
 }
 
 int fcomm_behind(const fcomm_comm *comm, int rank) {
+  const std::unique_lock lock(comm->mutex);
   if (comm->closed || rank < 0 || rank >= comm->size) return 0;
   return !reached(comm->control(rank).round.load(std::memory_order_acquire), comm->failure.round);
 }
 
 int fcomm_pid(const fcomm_comm *comm, int rank) {
+  const std::unique_lock lock(comm->mutex);
   return comm->closed || rank < 0 || rank >= comm->size ? 0 : comm->control(rank).pid;
 }
 

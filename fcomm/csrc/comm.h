@@ -62,7 +62,7 @@ struct fcomm_comm {
   unsigned fork_generation = 0;
   bool closed = false, broken = false;
   fcomm_failure failure{};
-  std::mutex mutex;
+  mutable std::mutex mutex;
   std::vector<int> life;
   std::vector<std::deque<fcomm::Message>> pending;  // by destination
   int pending_count = 0;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <csignal>
 #include <cstring>
+#include <thread>
 
 #include "harness.h"
 
@@ -154,6 +155,15 @@ void departures() {
     const double start = seconds();
     CHECK(fcomm_barrier(1, c) == FCOMM_LEFT);
     CHECK(fcomm_last_failure(c).culprit == 2 && seconds() - start < 2);
+  });
+  doing = "one thread closes the group while another asks about it";
+  as_threads({2}, [](fcomm_comm *c, int) {
+    CHECK(fcomm_barrier(0, c) == FCOMM_OK);
+    std::thread asking([c] {
+      for (int k = 0; k < 1000; ++k) fcomm_behind(c, 0), fcomm_pid(c, 0), fcomm_round(c), fcomm_last_failure(c);
+    });
+    CHECK(fcomm_close(c) == FCOMM_OK);
+    asking.join();
   });
 }
 
