@@ -5,8 +5,6 @@
 namespace fcomm {
 namespace {
 
-bool is_rank(const fcomm_comm &c, int root) { return root >= 0 && root < c.size; }
-
 // How many bytes each rank means to send to each, and to receive from each: two rows of every rank's slot.
 struct Sizes {
   const std::uint64_t *of;

@@ -41,8 +41,6 @@ bool arithmetic(Arithmetic &a, const fcomm_comm &c, int dtype, int op) {
   return a.reduce != nullptr;
 }
 
-bool is_rank(const fcomm_comm &c, int root) { return root >= 0 && root < c.size; }
-
 // One phase: every rank reads every slot. out is NULL where the result is not wanted.
 fcomm_status one_phase(fcomm_comm &c, std::uint64_t print, const char *in, char *out, std::size_t nbytes,
                        const Arithmetic &a) {

@@ -13,6 +13,8 @@ enum class Kind : std::uint8_t {
   kBarrier,
 };
 
+inline bool is_rank(const fcomm_comm &c, int root) { return root >= 0 && root < c.size; }
+
 inline std::uint64_t fingerprint(Kind kind, std::uint64_t tag, std::size_t nbytes, int dtype = 0, int op = 0,
                                  int option = 0) {
   const std::uint64_t what = std::uint64_t(kind) | std::uint64_t(dtype) << 8 | std::uint64_t(op) << 16 |
