@@ -76,7 +76,8 @@ def _was_taken(on: Team, dst: int, sent: Future[None], deadline: float) -> bool:
             return True
         except NotYet:
             if sent.done():
-                sent.result()
+                sent.result()  # it ended as the wait did, or with a deadline of its own
+                return True
             if closed or time.monotonic() > deadline:
                 return False
             closed = on.failure is not None or _has_closed(on, dst)
@@ -95,11 +96,13 @@ def _has_closed(on: Team, rank: int) -> bool:
 # whether the oldest one has passed its deadline.
 _TEAMS: list[Team] = []
 _TEAMS_LOCK = threading.Lock()
+_watcher: threading.Thread | None = None
 _WATCH_S = 0.5
 
 
 def watch(on: Team, op: str, deadline: float) -> None:
     """Have the thread look after what was just put on the current stream."""
+    global _watcher  # noqa: PLW0603
     if on.device.type == "cpu" or is_capturing(on.device):
         return
     event = torch.get_device_module(on.device).Event()
@@ -110,8 +113,9 @@ def watch(on: Team, op: str, deadline: float) -> None:
     with _TEAMS_LOCK:
         if not any(other is on for other in _TEAMS):
             _TEAMS.append(on)
-            if len(_TEAMS) == 1:
-                threading.Thread(target=_watch_teams, name="fcomm-watch", daemon=True).start()
+        if _watcher is None or not _watcher.is_alive():  # a forked child has its parent's, ended
+            _watcher = threading.Thread(target=_watch_teams, name="fcomm-watch", daemon=True)
+            _watcher.start()
 
 
 def forget(on: Team) -> None:
@@ -121,11 +125,13 @@ def forget(on: Team) -> None:
 
 
 def _watch_teams() -> None:
+    global _watcher  # noqa: PLW0603
     while True:
         time.sleep(_WATCH_S)
         with _TEAMS_LOCK:
             teams = list(_TEAMS)
             if not teams:
+                _watcher = None
                 return
         for on in teams:
             look_at_pending(on)
