@@ -120,7 +120,7 @@ if not TYPE_CHECKING:
 
     def __getattr__(name):
         """fcomm.layers and the like without an import of their own; importing fcomm need not pay for them."""
-        if name in ("compat", "layers", "testing"):
+        if name in ("layers", "testing"):
             from importlib import import_module
 
             return import_module(f"fcomm.{name}")
