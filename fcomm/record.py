@@ -50,13 +50,18 @@ class Record:
 
     @cached_property
     def has_lists(self) -> bool:
-        """Whether a static parameter is a list, which rules and lowerings get as a tuple."""
+        """Whether a static parameter is a list."""
         return "[]" in self.schema
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensor arguments, in schema order."""
         return self.inputs + self.aux
+
+    def named(self, params: Sequence[Any]) -> dict[str, Any]:
+        """The static parameters as rules and lowerings get them: by name, lists as tuples."""
+        named = dict(zip(self.params, params, strict=True))
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()} if self.has_lists else named
 
 
 def always_linear(**_: Any) -> bool:

@@ -132,7 +132,7 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
     key = group.key
     of_size, of_rank = GRAPH_KEYS.get(key, (key, key))
     # A list of sizes has an entry for each rank.
-    graph_key = of_rank if any(isinstance(p, list) for p in params) else of_size
+    graph_key = of_rank if any(isinstance(p, list | tuple) for p in params) else of_size
     return _OPS[name](*tensors, _INDEX.get(key), *params, graph_key, backend.name)  # type: ignore[no-any-return]
 
 
@@ -196,9 +196,7 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
     live(group, record.name)
     if len(group.ranks) == 1 and tensors:
         return _alone(record, tensors, params)
-    named = dict(zip(record.params, params, strict=True))
-    if record.has_lists:
-        named = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
+    named = record.named(params)
     lowering = backend.lowerings.get(record.name)
     if lowering is not None:
         if len(tensors) == 1:  # unrolled: a generator or a call more would show in what a small collective costs
@@ -223,7 +221,7 @@ def _alone(record: Record, tensors: Sequence[Tensor], params: Sequence[Any]) -> 
     """A group of one rank needs no machine: the spec over one tensor, never aliasing it."""
     y: Tensor
     with torch.no_grad():
-        (y,) = record.spec(*([x] for x in tensors), **dict(zip(record.params, params, strict=True)))
+        (y,) = record.spec(*([x] for x in tensors), **record.named(params))
     shared = any(y.untyped_storage()._cdata == x.untyped_storage()._cdata for x in tensors)
     y = y.resolve_conj().resolve_neg().contiguous()
     return y.clone() if shared else y
@@ -299,8 +297,8 @@ def _fake_kernel(record: Record, op: Any) -> Rule:
         _never_merge(op)
         _shorten_inductor_call(op)
         *params, group_key, _ = args[count + 1 :]
-        named = dict(zip(record.params, params, strict=True))
-        shape = record.shape(*(x.shape for x in args[:count]), _group(record.name, group_key), **named)
+        group = _group(record.name, group_key)
+        shape = record.shape(*(x.shape for x in args[:count]), group, **record.named(params))
         x = args[0] if count else torch.empty(())
         return x.new_empty(shape, dtype=record.dtype or x.dtype)
 
@@ -424,7 +422,7 @@ def _keep_in_pass(partitioners: Any) -> None:
 
 
 def _autograd_kernel(record: Record, op: Any) -> Rule:
-    rule = _rule(record, op)
+    node = _node(record, op)
     plain_kernel = _lowering_kernel(record)
     count = len(record.tensors)
     inputs = len(record.inputs)
@@ -432,11 +430,11 @@ def _autograd_kernel(record: Record, op: Any) -> Rule:
     def autograd_kernel(keyset: Any, *args: Any) -> Any:
         if _C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return rule.apply((keyset, _is_forward_mode()), *args)
+                return node.apply((keyset, _is_forward_mode()), *args)
         needs_grad = _C.is_grad_enabled() and any(x.requires_grad for x in args[:inputs])
         forward_mode = _is_forward_mode() or _has_tangent(args[:inputs])
         if needs_grad or forward_mode:
-            return rule.apply((keyset, forward_mode), *args)
+            return node.apply((keyset, forward_mode), *args)
         below = keyset & _C._after_ADInplaceOrView_keyset
         if below.highestPriorityTypeId() in _MACHINES and not any(
             isinstance(x, Tensor) and x.is_meta for x in args[:count]
@@ -451,22 +449,19 @@ def _autograd_kernel(record: Record, op: Any) -> Rule:
 _MACHINES = frozenset((_C.DispatchKey.CPU, _C.DispatchKey.CUDA, _C.DispatchKey.PrivateUse1))
 
 
-def _rule(record: Record, op: Any) -> Any:
+def _node(record: Record, op: Any) -> Any:
     """The autograd node of a record: one functorch level of it, written with the record's vjp and jvp."""
     count, inputs = len(record.tensors), len(record.inputs)
 
-    def named(params: Sequence[Any]) -> dict[str, Any]:
-        return dict(zip(record.params, params[:-2], strict=True))
-
-    class Rule(torch.autograd.function._SingleLevelFunction):
+    class Node(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, how: tuple[Any, bool], *args: Any) -> Tensor:
             keyset, forward_mode = how
             with _C._AutoDispatchBelowAutograd(), torch.enable_grad(), fwd._set_fwd_grad_enabled(True):
                 # The levels below differentiate too: their modes must be on while this one steps aside.
                 y: Tensor = op.redispatch(keyset & _C._after_autograd_keyset, *args)
-            tensors, index, ctx.params = args[:count], args[count], args[count + 1 :]
-            ctx.nonlinear = record.nonlinear(**named(ctx.params))
+            tensors, index, ctx.params, ctx.handles = args[:count], args[count], args[count + 1 : -2], args[-2:]
+            ctx.nonlinear = record.nonlinear(**record.named(ctx.params))
             whole = (index, *tensors[inputs:], *tensors[:inputs], y)
             ctx.save_for_backward(*(whole if ctx.nonlinear else whole[: len(record.aux) + 1]))
             if forward_mode:
@@ -480,9 +475,9 @@ def _rule(record: Record, op: Any) -> Any:
             if record.vjp is None:
                 raise FcommError(f"{record.name}: it has no derivative; detach its argument")
             with _bound_again(ctx, ctx.nonlinear) as (group, backend, residuals):
-                cts = record.vjp(ct, group, backend, **residuals, **named(ctx.params))
+                cts = record.vjp(ct, group, backend, **residuals, **record.named(ctx.params))
             cts = (cts,) if isinstance(cts, Tensor) else tuple(cts)
-            return None, *cts, *([None] * (len(record.aux) + 1 + len(ctx.params)))
+            return None, *cts, *([None] * (len(record.aux) + 1 + len(ctx.params) + len(ctx.handles)))
 
         @staticmethod
         def jvp(ctx: Any, _: Any, *tangents: Any) -> Tensor:
@@ -498,16 +493,16 @@ def _rule(record: Record, op: Any) -> Any:
                 )
                 if not callable(record.jvp):
                     aux = [residuals[name] for name in record.aux]
-                    return apply(record.name, (*tangents, *aux), group, backend, *ctx.params[:-2])
+                    return apply(record.name, (*tangents, *aux), group, backend, *ctx.params)
                 asked = residuals if ctx.nonlinear else {name: residuals[name] for name in record.aux}
-                return record.jvp(*tangents, group, backend, **asked, **named(ctx.params))  # type: ignore[no-any-return]
+                return record.jvp(*tangents, group, backend, **asked, **record.named(ctx.params))  # type: ignore[no-any-return]
 
     @contextmanager
     def _bound_again(ctx: Any, whole: bool) -> Iterator[tuple[Group, Backend, dict[str, Tensor]]]:
         """The handles and saved tensors of a node; its axis is bound, since simulate may have returned long ago."""
         index, *saved = ctx.saved_tensors
         names = (*record.aux, *((*record.inputs, "y") if whole else ()))
-        group_key, backend_name = ctx.params[-2:]
+        group_key, backend_name = ctx.handles
         with bound(group_key, index):
             yield (
                 _group(record.name, group_key),
@@ -515,7 +510,7 @@ def _rule(record: Record, op: Any) -> Any:
                 dict(zip(names, saved, strict=True)),
             )
 
-    return Rule
+    return Node
 
 
 def _is_forward_mode() -> bool:
@@ -546,8 +541,7 @@ def _batching_kernel(record: Record, op: Any) -> Rule:
             ]
             if not count:
                 lists = [list(index.unbind(index_dim))]
-            named = {k: tuple(v) if isinstance(v, list) else v for k, v in zip(record.params, params, strict=True)}
-            return torch.stack(record.spec(*lists, **named)), 0
+            return torch.stack(record.spec(*lists, **record.named(params))), 0
         if record.batch is not None:
 
             def call(*tensors: Tensor) -> Tensor:
