@@ -12,7 +12,7 @@ them, aborts, or waits); FCOMM_CHECK=1 compares every call over the ranks first,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from fcomm.arithmetic import fold
 from fcomm.backends.processgroup import Communicator, call, calling, compare_calls, receive, send_later
+from fcomm.backends.rows import check_blocks, check_same, exchange_uneven, header, misfit, pad, stack_blocks, unstack
 from fcomm.collectives.exchange import pairs
-from fcomm.errors import MismatchError
+from fcomm.collectives.reductions import scan_spec
 from fcomm.group import Backend, register_backend
 
 # --- movement -----------------------------------------------------------------------------------------------------
@@ -63,39 +64,11 @@ def _gather_rows(on: Communicator, x: Tensor) -> Tensor:
     return y
 
 
-def _agree(on: Communicator, x: Tensor, numbers: Sequence[int]) -> list[list[int]]:
-    """What each rank says, so that ranks that disagree all raise instead of waiting for bytes that never come."""
-    mine = torch.tensor(list(numbers), dtype=torch.int64, device=x.device)
+def _said(on: Communicator, x: Tensor, sizes: Sequence[int]) -> list[list[int]]:
+    """Every rank's sizes."""
+    mine = torch.tensor(list(sizes), dtype=torch.int64, device=x.device)
     said: list[list[int]] = _gather_rows(on, mine).tolist()
     return said
-
-
-def _agree_on(on: Communicator, option: str, x: Tensor, sizes: Sequence[int]) -> None:
-    said = _agree(on, x, sizes)
-    if any(row != said[0] for row in said):
-        raise _mismatch(on, f"pass different {option}: {said}; make them equal")
-
-
-def _mismatch(on: Communicator, what: str) -> MismatchError:
-    text = f"{on.name}: the ranks of group '{on.group.name}' {what}"
-    return MismatchError(text, op=on.name, group=on.group.name, rank=on.rank)
-
-
-def _unstack(rows: Tensor, dim: int) -> Tensor:
-    """[n, .., d, ..] -> [.., n * d, ..]: the rows concatenated along dim (a dim of one row)."""
-    return rows.movedim(0, dim).flatten(dim, dim + 1).contiguous()
-
-
-def _stack_blocks(x: Tensor, dim: int, size: int) -> Tensor:
-    """[.., n * d, ..] -> [n, .., d, ..]: the inverse."""
-    blocks: Tensor = x.unflatten(dim, (size, x.shape[dim] // size))
-    return blocks.movedim(dim, 0).contiguous()
-
-
-def _pad(x: Tensor, dim: int, length: int) -> Tensor:
-    y = x.new_zeros((*x.shape[:dim], length, *x.shape[dim + 1 :]))
-    y.narrow(dim, 0, x.shape[dim]).copy_(x)
-    return y
 
 
 # --- reductions ---------------------------------------------------------------------------------------------------
@@ -114,9 +87,9 @@ _REDUCE_OPS = {"sum": "SUM", "prod": "PRODUCT", "max": "MAX", "min": "MIN"}
 def _fold_rows(on: Communicator, x: Tensor, of: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
     """of: the ranks' blocks -> one row for each rank. Each rank does it for one block of x, and the rows go back."""
     n, flat = on.size, x.reshape(-1)
-    blocks = _pad(flat, 0, -(-flat.numel() // n) * n).reshape(n, -1)
-    rows = of(_exchange_rows(on, blocks).unbind(0))
-    return _exchange_rows(on, rows).reshape(-1)[: flat.numel()].reshape(x.shape)
+    blocks = pad(flat, 0, -(-flat.numel() // n) * n).reshape(n, -1)
+    folded = of(_exchange_rows(on, blocks).unbind(0))
+    return _exchange_rows(on, folded).reshape(-1)[: flat.numel()].reshape(x.shape)
 
 
 def _is_native(on: Communicator, dtype: torch.dtype, op: str) -> bool:
@@ -140,14 +113,7 @@ def _all_reduce(x: Tensor, on: Communicator, *, op: str) -> Tensor:
 
 
 def _scan(x: Tensor, on: Communicator, *, op: str, exclusive: bool, reverse: bool) -> Tensor:
-    def prefixes(blocks: Sequence[Tensor]) -> Tensor:
-        order = list(blocks)[::-1] if reverse else list(blocks)
-        rows = [fold(order[: r + 1], op) for r in range(len(order))]
-        if exclusive:
-            rows = [torch.zeros_like(rows[0]), *rows[:-1]]
-        return torch.stack(rows[::-1] if reverse else rows)
-
-    return _fold_rows(on, x, prefixes)
+    return _fold_rows(on, x, lambda blocks: torch.stack(scan_spec(blocks, op, exclusive, reverse)))
 
 
 def _reduce(x: Tensor, on: Communicator, *, dst: int, op: str) -> Tensor:
@@ -159,10 +125,10 @@ def _reduce_scatter(
     x: Tensor, on: Communicator, *, dim: int, op: str, tiled: bool, sizes: Sequence[int] | None
 ) -> Tensor:
     if sizes is not None:
-        _agree_on(on, "sizes", x, sizes)
-        rows = torch.stack([_pad(block, dim, max(sizes)) for block in x.split(list(sizes), dim)])
+        check_same(on.name, "sizes", on.group, _said(on, x, sizes))
+        rows = torch.stack([pad(block, dim, max(sizes)) for block in x.split(list(sizes), dim)])
     else:
-        rows = _stack_blocks(x, dim, on.size) if tiled else x.movedim(dim, 0).contiguous()
+        rows = stack_blocks(x, dim, on.size) if tiled else x.movedim(dim, 0).contiguous()
     y = fold(_exchange_rows(on, rows).unbind(0), op)
     return y if sizes is None else y.narrow(dim, 0, sizes[on.rank]).contiguous()
 
@@ -172,11 +138,11 @@ def _reduce_scatter(
 
 def _all_gather(x: Tensor, on: Communicator, *, dim: int, tiled: bool, sizes: Sequence[int] | None) -> Tensor:
     if sizes is not None:
-        _agree_on(on, "sizes", x, sizes)
-        rows = _gather_rows(on, _pad(x, dim, max(sizes)))
+        check_same(on.name, "sizes", on.group, _said(on, x, sizes))
+        rows = _gather_rows(on, pad(x, dim, max(sizes)))
         return torch.cat([row.narrow(dim, 0, d) for row, d in zip(rows, sizes, strict=True)], dim)
     rows = _gather_rows(on, x)
-    return _unstack(rows, dim) if tiled else rows.movedim(0, dim).contiguous()
+    return unstack(rows, dim) if tiled else rows.movedim(0, dim).contiguous()
 
 
 def _all_to_all(
@@ -192,39 +158,10 @@ def _all_to_all(
     if not tiled:
         return _exchange_rows(on, x.movedim(split_dim, 0).contiguous()).movedim(0, concat_dim).contiguous()
     if send_sizes is None or recv_sizes is None:
-        return _unstack(_exchange_rows(on, _stack_blocks(x, split_dim, on.size)), concat_dim)
-    n = on.size
-    _agree_on_blocks(on, x, split_dim == concat_dim, send_sizes, recv_sizes)
-    shapes = [list(x.shape) for _ in range(n)]
-    for s, shape in enumerate(shapes):
-        shape[split_dim] = send_sizes[on.rank]
-        shape[concat_dim] = recv_sizes[s]
-    packed = torch.cat([block.reshape(-1) for block in x.split(list(send_sizes), split_dim)])
-    sends = [d * (x.numel() // max(x.shape[split_dim], 1)) for d in send_sizes]
-    recvs = [prod(shape) for shape in shapes]
-    blocks = _exchange(on, packed, sends, recvs).split(recvs)
-    return torch.cat([b.reshape(shape) for b, shape in zip(blocks, shapes, strict=True)], concat_dim)
-
-
-def _agree_on_blocks(
-    on: Communicator, x: Tensor, one_dim: bool, send_sizes: Sequence[int], recv_sizes: Sequence[int]
-) -> None:
-    n = on.size
-    said = _agree(on, x, (*send_sizes, *recv_sizes))
-    wrong = [(s, r) for s in range(n) for r in range(n) if said[s][r] != said[r][n + s]]
-    if one_dim and wrong:
-        s, r = wrong[0]
-        raise _mismatch(
-            on,
-            f"disagree: rank {s} sends {said[s][r]} to rank {r}, which expects {said[r][n + s]}; "
-            f"make send_sizes of rank {s} and recv_sizes of rank {r} agree",
-        )
-    if not one_dim and any(row != said[0] for row in said):
-        raise _mismatch(
-            on,
-            f"pass different send_sizes and recv_sizes: {said}; with split_dim != concat_dim they partition the two "
-            "dims, the same on every rank",
-        )
+        return unstack(_exchange_rows(on, stack_blocks(x, split_dim, on.size)), concat_dim)
+    said = _said(on, x, (*send_sizes, *recv_sizes))
+    check_blocks("all_to_all", on.group, said, one_dim=split_dim == concat_dim)
+    return exchange_uneven(partial(_exchange, on), x, on.group, split_dim, concat_dim, send_sizes, recv_sizes)
 
 
 def _ppermute(x: Tensor, on: Communicator, *, perm: Sequence[int]) -> Tensor:
@@ -253,11 +190,11 @@ def _gather(x: Tensor, on: Communicator, *, dst: int, dim: int) -> Tensor:
         sends = [size if r == dst else 0 for r in range(on.size)]
         y = _exchange(on, x.reshape(-1), sends, [size if root else 0] * on.size)
         rows = y.reshape(rows.shape) if root else rows
-    return _unstack(rows, dim)
+    return unstack(rows, dim)
 
 
 def _scatter(x: Tensor, on: Communicator, *, src: int, dim: int) -> Tensor:
-    rows = _stack_blocks(x, dim, on.size)
+    rows = stack_blocks(x, dim, on.size)
     size = rows[0].numel()
     if not size:
         return rows[0].clone()
@@ -270,22 +207,18 @@ def _scatter(x: Tensor, on: Communicator, *, src: int, dim: int) -> Tensor:
 # --- one edge, and none -------------------------------------------------------------------------------------------
 
 
-def _header(x: Tensor) -> Tensor:
-    return torch.tensor([x.numel(), x.element_size()], dtype=torch.int64, device=x.device)
-
-
 def _send(x: Tensor, on: Communicator, *, dst: int) -> Tensor:
     # The receiver learns the size first: torch.distributed would abort or wait for ever where it differs.
-    for tag, part in enumerate((_header(x), _bytes(x.clone()))):
+    for tag, part in enumerate((header(x), _bytes(x.clone()))):
         if part.numel():
             send_later(on, part, dst, tag)
     return x.new_empty(0)
 
 
 def _recv(after: Tensor, like: Tensor, on: Communicator, *, src: int) -> Tensor:
-    header = _header(like)
-    receive(on, header, src, 0)
-    count, width = header.tolist()
+    head = header(like)
+    receive(on, head, src, 0)
+    count, width = head.tolist()
     y = torch.empty_like(like)
     fits = [count, width] == [like.numel(), like.element_size()]
     # What does not fit is taken off the edge, so that the next receive does not get it.
@@ -293,11 +226,7 @@ def _recv(after: Tensor, like: Tensor, on: Communicator, *, src: int) -> Tensor:
     if into.numel():
         receive(on, into, src, 1)
     if not fits:
-        raise _mismatch(
-            on,
-            f"disagree: rank {src} sends {count} elements of {width} bytes, like of rank {on.rank} has {like.numel()} "
-            f"of {like.element_size()}; pass a like of the message's shape and dtype",
-        )
+        raise misfit(on.group, src, count, width, like)
     return y
 
 

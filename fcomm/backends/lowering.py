@@ -19,8 +19,20 @@ from fcomm.backends.communicator import issue, team
 from fcomm.backends.failure import raise_failure
 from fcomm.backends.later import send_later
 from fcomm.backends.machine import Comm, Machine, is_capturing, synchronize
+from fcomm.backends.rows import (
+    check_blocks,
+    check_same,
+    exchange_uneven,
+    header,
+    misfit,
+    pack,
+    pad,
+    stack_blocks,
+    unstack,
+)
 from fcomm.collectives.exchange import pairs
-from fcomm.errors import FcommError, MismatchError
+from fcomm.collectives.reductions import scan_spec
+from fcomm.errors import FcommError
 from fcomm.group import Group, Lowering
 
 
@@ -79,41 +91,13 @@ def _gather_rows(m: Machine, name: str, group: Group, x: Tensor) -> Tensor:
     return _move(m, name, group, x, x.new_empty((group.size, *x.shape)), m.all_gather)
 
 
-def _agree(m: Machine, name: str, group: Group, x: Tensor, numbers: Sequence[int]) -> list[list[int]] | None:
-    """What each rank says, so that ranks that disagree all raise instead of waiting for bytes that never come.
-
-    None while a graph is captured: the host cannot read what a captured stream will bring.
-    """
+def _said(m: Machine, name: str, group: Group, x: Tensor, sizes: Sequence[int]) -> list[list[int]] | None:
+    """Every rank's sizes; None while a graph is captured: the host cannot read what a captured stream will bring."""
     if is_capturing(x.device):
         return None
-    mine = torch.tensor(list(numbers), dtype=torch.int64, device=x.device)
+    mine = torch.tensor(list(sizes), dtype=torch.int64, device=x.device)
     said: list[list[int]] = _gather_rows(m, name, group, mine).tolist()
     return said
-
-
-def _agree_on(m: Machine, name: str, option: str, group: Group, x: Tensor, sizes: Sequence[int]) -> None:
-    said = _agree(m, name, group, x, sizes)
-    if said is not None and any(row != said[0] for row in said):
-        raise MismatchError(
-            f"{name}: the ranks of group '{group.name}' pass different {option}: {said}; make them equal"
-        )
-
-
-def _unstack(rows: Tensor, dim: int) -> Tensor:
-    """[n, .., d, ..] -> [.., n * d, ..]: the rows concatenated along dim."""
-    return rows.movedim(0, dim).flatten(dim, dim + 1).contiguous()
-
-
-def _stack_blocks(x: Tensor, dim: int, size: int) -> Tensor:
-    """[.., n * d, ..] -> [n, .., d, ..]: the inverse."""
-    blocks: Tensor = x.unflatten(dim, (size, x.shape[dim] // size))
-    return blocks.movedim(dim, 0).contiguous()
-
-
-def _pack(x: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, list[int]]:
-    """x cut along dim, block after block in one flat tensor, and the blocks' lengths in it."""
-    blocks = [block.reshape(-1) for block in x.split(list(sizes), dim)]
-    return torch.cat(blocks), [block.numel() for block in blocks]
 
 
 # --- reductions ---------------------------------------------------------------------------------------------------
@@ -169,11 +153,7 @@ def _all_reduce(m: Machine, x: Tensor, group: Group, *, op: str) -> Tensor:
 
 def _scan(m: Machine, x: Tensor, group: Group, *, op: str, exclusive: bool, reverse: bool) -> Tensor:
     def prefixes(blocks: Sequence[Tensor]) -> Tensor:
-        order = list(blocks)[::-1] if reverse else list(blocks)
-        rows = [fold(order[: r + 1], op) for r in range(len(order))]
-        if exclusive:
-            rows = [torch.zeros_like(rows[0]), *rows[:-1]]
-        return torch.stack(rows[::-1] if reverse else rows)
+        return torch.stack(scan_spec(blocks, op, exclusive, reverse))
 
     return _fold_rows(m, "scan", group, x, prefixes, each=True)
 
@@ -195,8 +175,8 @@ def _reduce_scatter(
 ) -> Tensor:
     n, rank, name = group.size, group.rank or 0, "reduce_scatter"
     if sizes is not None:
-        _agree_on(m, name, "sizes", group, x, sizes)
-        packed, sends = _pack(x, sizes, dim)
+        check_same(name, "sizes", group, _said(m, name, group, x, sizes))
+        packed, sends = pack(x, sizes, dim)
         shape = (*x.shape[:dim], sizes[rank], *x.shape[dim + 1 :])
         native = _native(m, x.dtype, op) if op != "prod" and m.has_uneven(name) else None  # HCCL's refuses prod
         if native is not None and packed.numel():
@@ -209,7 +189,7 @@ def _reduce_scatter(
         # Blocks of their own lengths, then one fold.
         got = _exchange(m, name, group, packed, sends, [prod(shape)] * n)
         return fold([block.reshape(shape) for block in got.split([prod(shape)] * n)], op)
-    rows = _stack_blocks(x, dim, n) if tiled else x.movedim(dim, 0).contiguous()
+    rows = stack_blocks(x, dim, n) if tiled else x.movedim(dim, 0).contiguous()
     native = _native(m, x.dtype, op)
     if native is None or not x.numel():
         return fold(_exchange_rows(m, name, group, rows).unbind(0), op)
@@ -225,7 +205,7 @@ def _reduce_scatter(
 
 def _all_gather(m: Machine, x: Tensor, group: Group, *, dim: int, tiled: bool, sizes: Sequence[int] | None) -> Tensor:
     if sizes is not None:
-        _agree_on(m, "all_gather", "sizes", group, x, sizes)
+        check_same("all_gather", "sizes", group, _said(m, "all_gather", group, x, sizes))
         shapes = [(*x.shape[:dim], d, *x.shape[dim + 1 :]) for d in sizes]
         lengths = [prod(shape) for shape in shapes]
         if m.has_uneven("all_gather") and any(lengths):
@@ -236,12 +216,10 @@ def _all_gather(m: Machine, x: Tensor, group: Group, *, dim: int, tiled: bool, s
             blocks = zip(y.split(lengths), shapes, strict=True)
             return torch.cat([block.reshape(shape) for block, shape in blocks], dim)
         # Padded to the longest: one native call, where blocks of their own lengths would be n * (n - 1) messages.
-        padded = x.new_zeros((*x.shape[:dim], max(sizes), *x.shape[dim + 1 :]))
-        padded.narrow(dim, 0, x.shape[dim]).copy_(x)
-        rows = _gather_rows(m, "all_gather", group, padded)
+        rows = _gather_rows(m, "all_gather", group, pad(x, dim, max(sizes)))
         return torch.cat([row.narrow(dim, 0, d) for row, d in zip(rows, sizes, strict=True)], dim)
     rows = _gather_rows(m, "all_gather", group, x)
-    return _unstack(rows, dim) if tiled else rows.movedim(0, dim).contiguous()
+    return unstack(rows, dim) if tiled else rows.movedim(0, dim).contiguous()
 
 
 def _all_to_all(
@@ -255,42 +233,16 @@ def _all_to_all(
     send_sizes: Sequence[int] | None,
     recv_sizes: Sequence[int] | None,
 ) -> Tensor:
-    n, rank, name = group.size, group.rank or 0, "all_to_all"
+    n, name = group.size, "all_to_all"
     if not tiled:
         rows = _exchange_rows(m, name, group, x.movedim(split_dim, 0).contiguous())
         return rows.movedim(0, concat_dim).contiguous()
     if send_sizes is None or recv_sizes is None:
-        return _unstack(_exchange_rows(m, name, group, _stack_blocks(x, split_dim, n)), concat_dim)
-    _agree_on_sizes(m, group, x, split_dim == concat_dim, send_sizes, recv_sizes)
-    shapes = [list(x.shape) for _ in range(n)]
-    for s, shape in enumerate(shapes):
-        shape[split_dim] = send_sizes[rank]
-        shape[concat_dim] = recv_sizes[s]
-    packed, sends = _pack(x, send_sizes, split_dim)
-    recvs = [prod(shape) for shape in shapes]
-    blocks = _exchange(m, name, group, packed, sends, recvs).split(recvs)
-    return torch.cat([b.reshape(shape) for b, shape in zip(blocks, shapes, strict=True)], concat_dim)
-
-
-def _agree_on_sizes(
-    m: Machine, group: Group, x: Tensor, one_dim: bool, send_sizes: Sequence[int], recv_sizes: Sequence[int]
-) -> None:
-    n = group.size
-    said = _agree(m, "all_to_all", group, x, (*send_sizes, *recv_sizes))
-    if said is None:
-        return
-    wrong = [(s, r) for s in range(n) for r in range(n) if said[s][r] != said[r][n + s]]
-    if one_dim and wrong:
-        s, r = wrong[0]
-        raise MismatchError(
-            f"all_to_all: rank {s} of group '{group.name}' sends {said[s][r]} to rank {r}, which expects "
-            f"{said[r][n + s]}; make send_sizes of rank {s} and recv_sizes of rank {r} agree"
-        )
-    if not one_dim and any(row != said[0] for row in said):
-        raise MismatchError(
-            f"all_to_all: the ranks of group '{group.name}' pass different send_sizes and recv_sizes: {said}; "
-            "with split_dim != concat_dim they partition the two dims, the same on every rank"
-        )
+        return unstack(_exchange_rows(m, name, group, stack_blocks(x, split_dim, n)), concat_dim)
+    said = _said(m, name, group, x, (*send_sizes, *recv_sizes))
+    check_blocks(name, group, said, one_dim=split_dim == concat_dim)
+    exchange = partial(_exchange, m, name, group)
+    return exchange_uneven(exchange, x, group, split_dim, concat_dim, send_sizes, recv_sizes)
 
 
 def _ppermute(m: Machine, x: Tensor, group: Group, *, perm: Sequence[int]) -> Tensor:
@@ -311,19 +263,15 @@ def _broadcast(m: Machine, x: Tensor, group: Group, *, src: int) -> Tensor:
 
 def _gather(m: Machine, x: Tensor, group: Group, *, dst: int, dim: int) -> Tensor:
     rows = (x.new_empty if group.rank == dst else x.new_zeros)((group.size, *x.shape))
-    return _unstack(_move(m, "gather", group, x, rows, m.gather, dst), dim)
+    return unstack(_move(m, "gather", group, x, rows, m.gather, dst), dim)
 
 
 def _scatter(m: Machine, x: Tensor, group: Group, *, src: int, dim: int) -> Tensor:
-    rows = _stack_blocks(x, dim, group.size)
+    rows = stack_blocks(x, dim, group.size)
     return _move(m, "scatter", group, rows, rows.new_empty(rows.shape[1:]), m.scatter, src)
 
 
 # --- one edge, and none -------------------------------------------------------------------------------------------
-
-
-def _header(x: Tensor) -> Tensor:
-    return torch.tensor([x.numel(), x.element_size()], dtype=torch.int64, device=x.device)
 
 
 def _send(m: Machine, x: Tensor, group: Group, *, dst: int) -> Tensor:
@@ -331,7 +279,7 @@ def _send(m: Machine, x: Tensor, group: Group, *, dst: int) -> Tensor:
     # past the end of a smaller tensor, or wait for ever for the rest of a larger one. Both go as bytes, so that a
     # receiver of another dtype can take them and say what is wrong.
     on, edge = team(m, group, x.device), (group.rank or 0, dst)
-    for part in (_header(x), x.clone()):
+    for part in (header(x), x.clone()):
         if part.numel():
             send_later(on, part, dst, partial(issue, on, "send", partial(_send_part, m, _as(torch.uint8, part)), edge))
     return x.new_empty(0)
@@ -345,9 +293,9 @@ def _recv(m: Machine, after: Tensor, like: Tensor, group: Group, *, src: int) ->
     on, edge = team(m, group, like.device), (src, group.rank or 0)
     if is_capturing(like.device):
         raise FcommError(f"{on.where('recv')}: a graph cannot capture it, it reads the message's size; use ppermute")
-    header = torch.empty(2, dtype=torch.int64, device=like.device)
-    issue(on, "recv", lambda c: m.recv(c, _as(torch.uint8, header), 0), edge)
-    count, width = header.tolist()
+    head = torch.empty(2, dtype=torch.int64, device=like.device)
+    issue(on, "recv", lambda c: m.recv(c, _as(torch.uint8, head), 0), edge)
+    count, width = head.tolist()
     y = torch.empty_like(like)
     fits = [count, width] == [like.numel(), like.element_size()]
     # What does not fit is taken off the edge, or the sender would wait for it to be.
@@ -355,10 +303,7 @@ def _recv(m: Machine, after: Tensor, like: Tensor, group: Group, *, src: int) ->
     if count:
         issue(on, "recv", lambda c: m.recv(c, into, 0), edge)
     if not fits:
-        raise MismatchError(
-            f"recv: rank {src} of group '{group.name}' sends {count} elements of {width} bytes, like has "
-            f"{like.numel()} of {like.element_size()}; pass a like of the message's shape and dtype"
-        )
+        raise misfit(group, src, count, width, like)
     return y
 
 

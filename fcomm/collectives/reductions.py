@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,18 +95,19 @@ def scan(
     return apply("scan", x, group, backend, op, bool(exclusive), bool(reverse))
 
 
-def _scan_spec(xs: list[Tensor], op: str, exclusive: bool, reverse: bool) -> list[Tensor]:
+def scan_spec(xs: Sequence[Tensor], op: str, exclusive: bool, reverse: bool) -> list[Tensor]:
+    """Each rank's fold of the xs up to its own; machines without a scan apply it to exchanged blocks."""
     if reverse:
-        return _scan_spec(xs[::-1], op, exclusive, False)[::-1]
+        return scan_spec(xs[::-1], op, exclusive, False)[::-1]
     if exclusive:
-        return [torch.zeros_like(xs[0]), *_scan_spec(xs[:-1], op, False, False)]
+        return [torch.zeros_like(xs[0]), *scan_spec(xs[:-1], op, False, False)]
     return [fold(xs[: r + 1], op) for r in range(len(xs))]
 
 
 define(
     "scan",
     schema="str op, bool exclusive, bool reverse",
-    spec=_scan_spec,
+    spec=scan_spec,
     shape=lambda s, group, op, exclusive, reverse: s,
     vjp=lambda ct, group, backend, op, exclusive, reverse: scan(
         ct, group, backend, op=op, exclusive=exclusive, reverse=not reverse

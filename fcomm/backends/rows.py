@@ -1,0 +1,118 @@
+"""What c10d and the vendors' machines share: a tensor as one row for each rank, and sizes that must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fcomm.errors import MismatchError
+from fcomm.group import Group
+
+
+def unstack(rows: Tensor, dim: int) -> Tensor:
+    """[n, .., d, ..] -> [.., n * d, ..]: the rows concatenated along dim (a dim of one row)."""
+    return rows.movedim(0, dim).flatten(dim, dim + 1).contiguous()
+
+
+def stack_blocks(x: Tensor, dim: int, size: int) -> Tensor:
+    """[.., n * d, ..] -> [n, .., d, ..]: the inverse."""
+    blocks: Tensor = x.unflatten(dim, (size, x.shape[dim] // size))
+    return blocks.movedim(dim, 0).contiguous()
+
+
+def pad(x: Tensor, dim: int, length: int) -> Tensor:
+    """x with zeros after its end at dim, up to length; by a copy, which every dtype has."""
+    y = x.new_zeros((*x.shape[:dim], length, *x.shape[dim + 1 :]))
+    y.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return y
+
+
+def pack(x: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, list[int]]:
+    """x cut along dim, block after block in one flat tensor, and the blocks' lengths in it."""
+    blocks = [block.reshape(-1) for block in x.split(list(sizes), dim)]
+    return torch.cat(blocks), [block.numel() for block in blocks]
+
+
+def exchange_uneven(
+    exchange: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor],
+    x: Tensor,
+    group: Group,
+    split_dim: int,
+    concat_dim: int,
+    send_sizes: Sequence[int],
+    recv_sizes: Sequence[int],
+) -> Tensor:
+    """all_to_all with sizes, by exchange(flat, sends, recvs): sends[r] elements go to rank r, recvs[r] come from it."""
+    packed, sends = pack(x, send_sizes, split_dim)
+    shapes = [list(x.shape) for _ in range(group.size)]
+    for shape, length in zip(shapes, recv_sizes, strict=True):
+        shape[split_dim] = send_sizes[group.rank or 0]
+        shape[concat_dim] = length
+    recvs = [prod(shape) for shape in shapes]
+    blocks = exchange(packed, sends, recvs).split(recvs)
+    return torch.cat([b.reshape(shape) for b, shape in zip(blocks, shapes, strict=True)], concat_dim)
+
+
+# --- agreement ----------------------------------------------------------------------------------------------------
+
+# said: what each rank says of its sizes, in rank order; None where it cannot be told, in a captured graph. All ranks
+# compare all of it, and raise together instead of waiting for bytes that never come.
+
+
+def mismatch(name: str, group: Group, what: str) -> MismatchError:
+    """The error of a call whose ranks differ; what they do, and what to do about it."""
+    text = f"{name}: the ranks of group '{group.name}' {what}"
+    return MismatchError(text, op=name, group=group.name, rank=group.rank)
+
+
+def check_same(name: str, option: str, group: Group, said: Sequence[Sequence[int]] | None) -> None:
+    """Raise MismatchError unless all ranks pass the same option."""
+    if said is not None and any(row != said[0] for row in said):
+        raise mismatch(name, group, f"pass different {option}: {list(said)}; make them equal")
+
+
+def check_blocks(name: str, group: Group, said: Sequence[Sequence[int]] | None, *, one_dim: bool) -> None:
+    """Raise MismatchError unless all_to_all's sizes fit; a row of said is a rank's send_sizes and recv_sizes.
+
+    one_dim: split_dim and concat_dim are one, so the sizes are each rank's own.
+    """
+    if said is None:
+        return
+    n = group.size
+    wrong = [(s, r) for s in range(n) for r in range(n) if said[s][r] != said[r][n + s]]
+    if one_dim and wrong:
+        s, r = wrong[0]
+        raise mismatch(
+            name,
+            group,
+            f"disagree: rank {s} sends {said[s][r]} to rank {r}, which expects {said[r][n + s]}; "
+            f"make send_sizes of rank {s} and recv_sizes of rank {r} agree",
+        )
+    if not one_dim and any(row != said[0] for row in said):
+        raise mismatch(
+            name,
+            group,
+            f"pass different send_sizes and recv_sizes: {list(said)}; with split_dim != concat_dim they partition the "
+            "two dims, the same on every rank",
+        )
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def header(x: Tensor) -> Tensor:
+    """What goes ahead of a message: its elements and their width."""
+    return torch.tensor([x.numel(), x.element_size()], dtype=torch.int64, device=x.device)
+
+
+def misfit(group: Group, src: int, count: int, width: int, like: Tensor) -> MismatchError:
+    """The error of a message whose header, count elements of width bytes, is not like's."""
+    return mismatch(
+        "recv",
+        group,
+        f"disagree: rank {src} sends {count} elements of {width} bytes, like of rank {group.rank} has {like.numel()} "
+        f"of {like.element_size()}; pass a like of the message's shape and dtype",
+    )
