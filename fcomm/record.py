@@ -64,6 +64,12 @@ class Record:
         return {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()} if self.has_lists else named
 
 
+def default_params(record: Record) -> dict[str, Any]:
+    """A value for each static parameter where nobody says one: dims and ranks 0, bools True, op "sum", lists None."""
+    values = {"int": 0, "SymInt": 0, "bool": True, "str": "sum"}
+    return {name: values.get(kind) for kind, name in record.declared}
+
+
 def always_linear(**_: Any) -> bool:
     """The default of `nonlinear`."""
     return False

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fcomm
 from fcomm.group import Backend, Group
-from fcomm.record import Record
+from fcomm.record import Record, default_params
 from fcomm.registration import RECORDS
 
 
@@ -88,12 +88,6 @@ def _one_tensor(record: Record, elements: int, group: Group, backend: Backend, c
     (grown,) = record.shape((count,), group, **params)
     length = count // group.size if grown > count else count
     return count, length, call, lambda xs: record.spec(xs, **params)
-
-
-def default_params(record: Record) -> dict[str, Any]:
-    """What a parameter of each type is where nobody says it: dims and ranks 0, tiled, a sum, no list."""
-    kinds = {"int": 0, "SymInt": 0, "bool": True, "str": "sum"}
-    return {p.split()[1]: kinds.get(p.split()[0]) for p in record.schema.split(",") if p.strip()}
 
 
 def _ring(record: Record, elements: int, group: Group, backend: Backend, chosen: dict[str, Any]) -> Parts:

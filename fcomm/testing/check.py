@@ -14,7 +14,7 @@ from torch import Tensor
 from fcomm.backends.stacked import sim
 from fcomm.group import BACKENDS, Backend, Group, axis
 from fcomm.launch import run
-from fcomm.record import Record
+from fcomm.record import Record, default_params
 from fcomm.registration import RECORDS, apply, compiler_traces_derivatives
 from fcomm.simulate import simulate
 from fcomm.testing.transforms import TRANSFORMS, Meaning
@@ -251,7 +251,7 @@ def check_collective(
     record = RECORDS[what] if isinstance(what, str) else what
     if record.tensors != ("x",):
         raise ValueError(f"check_collective: {record.name} takes {record.tensors}; write a Case with a call of its own")
-    filled = {**_default_params(record), **(params or {})}
+    filled = {**default_params(record), **(params or {})}
     shape = tuple(shape if shape is not None else (2 * size, 3))
     described = (record.name, record.spec.__module__, filled, shape, values, dtype)
     if backend.name == "sim":
@@ -273,13 +273,6 @@ def _shape_failures(
     said = tuple(record.shape(torch.Size(shape), group, **params)), record.dtype or dtype
     is_ = tuple(ys[0].shape), ys[0].dtype
     return [] if said == is_ else [f"{record.name}: the shape rule and dtype say {said}, the result is {is_}"]
-
-
-def _default_params(record: Record) -> dict[str, Any]:
-    kinds = {"int": 0, "bool": True, "str": "sum", "SymInt": 0}
-    return {
-        p.split()[1]: kinds.get(p.split()[0]) for p in record.schema.split(",") if p.strip()
-    }  # lists, "int[]" and "SymInt[]?", are None
 
 
 def _case(
