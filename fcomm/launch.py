@@ -19,7 +19,7 @@ import torch
 
 from fcomm.bootstrap import loopback_store
 from fcomm.errors import CollectiveTimeoutError, FcommError, GroupPoisonedError, PeerDiedError
-from fcomm.rendezvous import close, init
+from fcomm.rendezvous import check_timeout, close, init
 
 # After the first failure the other ranks get this long to fail by themselves, so that their errors can be shown too.
 _GRACE_S = 2.0
@@ -50,8 +50,7 @@ def run(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0)
     """
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise FcommError(f"run: size is {size!r}; pass a positive int")
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
-        raise FcommError(f"run: timeout_s is {timeout_s!r}; pass a positive, finite number of seconds")
+    check_timeout("run", timeout_s)
     if mp.current_process().name.startswith("fcomm-rank-") and not _in_rank:
         # This process reads the script to find fn in it. Starting ranks here would start ranks without end.
         os._exit(_UNGUARDED)

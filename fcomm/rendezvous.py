@@ -133,6 +133,13 @@ def _close_at_exit() -> None:
 atexit.register(_close_at_exit)
 
 
+def check_timeout(function: str, timeout_s: float) -> float:
+    """timeout_s as a float; raises FcommError unless it is a positive, finite number."""
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+        raise FcommError(f"{function}: timeout_s is {timeout_s!r}; pass a positive, finite number of seconds")
+    return float(timeout_s)
+
+
 # --- groups from nothing ------------------------------------------------------------------------------------------
 
 
@@ -146,7 +153,7 @@ def init(*, name: str = "world", timeout_s: float = DEFAULT_TIMEOUT_S) -> Group:
     timeout_s: deadline in seconds of the rendezvous and of every collective on the group and its subgroups.
     Raises RendezvousError naming the missing, duplicate or disagreeing ranks.
     """
-    timeout_s = _check_timeout("init", timeout_s)
+    timeout_s = check_timeout("init", timeout_s)
     found = _LIVE.get(name)
     if found is not None and found.pid == os.getpid():
         return found.group
@@ -168,7 +175,7 @@ def stateless_group(
 
     Raises RendezvousError naming the missing, duplicate or disagreeing ranks after timeout_s seconds.
     """
-    timeout_s = _check_timeout("stateless_group", timeout_s)
+    timeout_s = check_timeout("stateless_group", timeout_s)
     for option, value in (("port", port), ("rank", rank), ("size", size)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise FcommError(f"stateless_group: {option} of '{name}' is {value!r}; pass an int")
@@ -192,7 +199,7 @@ def from_process_group(
 
     ranks are global torch.distributed ranks, in group order. Communicates nothing.
     """
-    timeout_s = _check_timeout("from_process_group", timeout_s)
+    timeout_s = check_timeout("from_process_group", timeout_s)
     pg = dist.group.WORLD if pg is None else pg
     if pg is None:
         raise FcommError(
@@ -257,7 +264,7 @@ def subgroup(parent: Group, ranks: Sequence[int], *, name: str, timeout_s: float
         return Group(name, world_ranks, None)
     store = dist.PrefixStore(_epoch(f"{name}/{digest(world_ranks)}", owner.epochs), owner.store)
     group = Group(name, world_ranks, members.index(parent.rank))
-    timeout_s = owner.timeout_s if timeout_s is None else _check_timeout("subgroup", timeout_s)
+    timeout_s = owner.timeout_s if timeout_s is None else check_timeout("subgroup", timeout_s)
     identities = tuple(owner.identities[r] for r in members) if owner.identities else ()
     return _register(group, store, timeout_s, identities=identities)
 
@@ -331,9 +338,3 @@ def _check_free(function: str, name: str) -> None:
             f"{function}: a live group '{name}' of ranks {list(record.group.ranks)} exists; "
             "close it with fcomm.close, or choose another name"
         )
-
-
-def _check_timeout(function: str, timeout_s: float) -> float:
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
-        raise FcommError(f"{function}: timeout_s is {timeout_s!r}; pass a positive, finite number of seconds")
-    return float(timeout_s)
