@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fcomm.arithmetic import OPS
 from fcomm.backends.c10d import c10d
 from fcomm.backends.pool import POOLED_NBYTES, native, pooled, why_no_native
 from fcomm.backends.shm_failure import INVALID, MISMATCH, SYSTEM, failure, poisoned
@@ -101,6 +102,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# In the order of fcomm_dtype in csrc/fcomm.h; arithmetic.OPS is in that of fcomm_op.
 _DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
     torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
@@ -108,7 +110,7 @@ _DTYPES = (
 )  # fmt: skip
 _CODES = {dtype: (code, dtype.itemsize) for code, dtype in enumerate(_DTYPES)}
 _FLOAT8 = _CODES[torch.float8_e4m3fn][0]  # and what follows it
-_OPS = {op: code for code, op in enumerate(("sum", "mean", "max", "min", "prod", "band", "bor", "bxor"))}
+_OPS = {op: code for code, op in enumerate(OPS)}
 
 
 # A lowering below takes x, the group, the engine's handle and the options, and returns the engine's status and its y.

@@ -20,7 +20,6 @@ from fcomm.registration import check_call
 
 def all_reduce_coalesced(xs: Sequence[Tensor], group: Group, backend: Backend, *, op: str = "sum") -> list[Tensor]:
     """all_reduce of every tensor of a list, one message per dtype. Shapes, dtypes, op, vjp and errors as all_reduce."""
-
     _check_list("all_reduce_coalesced", xs, group, backend)
 
     def communicate(flat: Tensor) -> Tensor:

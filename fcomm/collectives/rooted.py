@@ -5,7 +5,6 @@ broadcast and reduce, gather and scatter are each other's derivative.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -137,16 +136,12 @@ def _scatter_spec(xs: list[Tensor], src: int, dim: int) -> list[Tensor]:
     return [xs[src].narrow(dim, r * length, length) for r in range(len(xs))]
 
 
-def _scatter_shape(s: Sequence[int], group: Group, src: int, dim: int) -> tuple[int, ...]:
-    return (*s[:dim], s[dim] // group.size, *s[dim + 1 :])
-
-
 define(
     "scatter",
     schema="int src, int dim",
     dims=("dim",),
     spec=_scatter_spec,
-    shape=_scatter_shape,
+    shape=lambda s, group, src, dim: (*s[:dim], s[dim] // group.size, *s[dim + 1 :]),
     vjp=lambda ct, group, backend, src, dim: gather(ct, group, backend, dst=src, dim=dim),
     busbw=lambda n: (n - 1) / n,
 )

@@ -14,8 +14,6 @@ own. The derivatives here count an invariant value once, where the literal colle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -128,16 +126,12 @@ def _slice(x: Tensor, rank: int, size: int, dim: int) -> Tensor:
     return x.narrow(dim, rank * length, length)
 
 
-def _shard_shape(s: Sequence[int], group: Group, dim: int) -> tuple[int, ...]:
-    return (*s[:dim], s[dim] // group.size, *s[dim + 1 :])
-
-
 define(
     "shard",
     schema="int dim",
     dims=("dim",),
     spec=lambda xs, dim: [_slice(x, r, len(xs), dim) for r, x in enumerate(xs)],
-    shape=_shard_shape,
+    shape=lambda s, group, dim: (*s[:dim], s[dim] // group.size, *s[dim + 1 :]),
     vjp=lambda ct, group, backend, dim: all_gather_invariant(ct, group, backend, dim=dim),
     replicated=("x",),
     compose=lambda x, group, backend, dim: _slice(x, group.rank, group.size, dim).clone(
