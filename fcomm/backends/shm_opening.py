@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fcomm import processes
 from fcomm.errors import PeerDiedError, RendezvousError
 from fcomm.rendezvous import Live
 
@@ -34,17 +35,8 @@ _READY, _FAILED = b"+", b"-"
 
 
 def host_identity() -> bytes:
-    """Equal for two processes if they can share memory over an abstract socket: one boot, one network namespace."""
-    parts = []
-    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/net"):
-        with contextlib.suppress(OSError):
-            parts.append(os.readlink(path) if path.startswith("/proc/self/ns") else _read(path))
-    return hashlib.sha256(repr((parts or socket.gethostname(), os.geteuid())).encode()).digest()
-
-
-def _read(path: str) -> str:
-    with open(path) as file:
-        return file.read()
+    """Equal for two processes that can share memory: of one host, as in processes.py, and of one user."""
+    return hashlib.sha256(repr((processes.host(processes.identity()), os.geteuid())).encode()).digest()
 
 
 def why_not_shared(owner: Live, abi: int) -> str | None:
