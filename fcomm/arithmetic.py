@@ -11,7 +11,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError
 
 OPS = ("sum", "mean", "max", "min", "prod", "band", "bor", "bxor")
 LINEAR_OPS = ("sum", "mean")
@@ -35,9 +35,9 @@ _FOLD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def check_op(name: str, op: str, dtype: torch.dtype, allowed: Sequence[str] = OPS) -> None:
-    """Raise if op is unknown (FcommError) or has no meaning for dtype (TypeError, naming both)."""
+    """Raise if op is unknown (ArgumentError) or has no meaning for dtype (TypeError, naming both)."""
     if op not in allowed:
-        raise FcommError(f"{name}: op is {op!r}; choose one of {', '.join(allowed)}")
+        raise ArgumentError(f"{name}: op is {op!r}; choose one of {', '.join(allowed)}")
     if op in ("sum", "prod"):  # every dtype has them
         return
     if op in BIT_OPS and (dtype.is_floating_point or dtype.is_complex):

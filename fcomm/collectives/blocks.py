@@ -10,7 +10,7 @@ from torch import Tensor
 from fcomm.arithmetic import LINEAR_OPS, fold
 from fcomm.collectives import checks
 from fcomm.collectives.exchange import all_to_all, pad_end
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, check_call, define
 
@@ -61,7 +61,7 @@ def _all_gather_shape(
 
 def _only_tiled(name: str, tiled: bool) -> None:
     if not tiled:
-        raise FcommError(f"{name}: sizes is given with tiled=False; blocks of different lengths cannot be stacked")
+        raise ArgumentError(f"{name}: sizes is given with tiled=False; blocks of different lengths cannot be stacked")
 
 
 define(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fcomm.collectives import checks
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, define, holds
 
@@ -53,7 +53,7 @@ def all_to_all(
     send = recv = None
     if send_sizes is not None or recv_sizes is not None:
         if not tiled or send_sizes is None:
-            raise FcommError("all_to_all: uneven blocks need tiled=True and send_sizes; pass both")
+            raise ArgumentError("all_to_all: uneven blocks need tiled=True and send_sizes; pass both")
         send, recv = _canonical_blocks(x, group, split_dim, concat_dim, send_sizes, recv_sizes)
     elif tiled:
         checks.divisible("all_to_all", x, split_dim, group)
@@ -70,7 +70,7 @@ def _canonical_blocks(
     if send_sizes and isinstance(send_sizes[0], Sequence):
         rows = [checks.canonical_sizes("all_to_all", "a row of send_sizes", row, group) for row in send_sizes]  # type: ignore[arg-type]  # a matrix
         if len(rows) != n or recv_sizes is not None or split_dim != concat_dim:
-            raise FcommError(
+            raise ArgumentError(
                 f"all_to_all: a matrix send_sizes needs {n} rows for group '{group.name}', no recv_sizes, and "
                 f"split_dim == concat_dim; got {len(rows)} rows, recv_sizes={recv_sizes}, {split_dim} and {concat_dim}"
             )
@@ -83,7 +83,7 @@ def _canonical_blocks(
         checks.total_length("all_to_all", "the longest row of send_sizes", [longest], x, split_dim, group)
         return [*chain(*rows)], [*chain(*columns)]
     if recv_sizes is None or (group.simulated and split_dim == concat_dim):
-        raise FcommError(
+        raise ArgumentError(
             f"all_to_all: group '{group.name}' needs " + ("send_sizes as the matrix of all ranks' sends"
             if group.simulated else "recv_sizes beside send_sizes, or send_sizes as the matrix of all ranks' sends")
         )  # fmt: skip
@@ -93,7 +93,7 @@ def _canonical_blocks(
     if split_dim != concat_dim:
         checks.own_length("all_to_all", "recv_sizes", recv, x, concat_dim, group)
     elif not holds(send[group.rank or 0] == recv[group.rank or 0]):
-        raise FcommError(
+        raise ArgumentError(
             f"all_to_all: this rank sends itself {send[group.rank or 0]} of send_sizes={send} and receives "
             f"{recv[group.rank or 0]} of recv_sizes={recv} on group '{group.name}'; make the two equal"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fcomm.collectives import checks
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, define
 
@@ -43,7 +43,7 @@ def recv(
     peer = _peer("recv", "src", src, -1, group)
     if after is None:
         if group.simulated or group.size == 1:
-            raise FcommError(f"recv: on group '{group.name}' the token carries the message; pass after=send(..)")
+            raise ArgumentError(f"recv: on group '{group.name}' the token carries the message; pass after=send(..)")
         real = like.dtype.is_floating_point or like.dtype.is_complex
         after = torch.empty(0, dtype=like.dtype, device=like.device, requires_grad=real and torch.is_grad_enabled())
     return apply("recv", (after, like), group, backend, peer)
@@ -54,7 +54,7 @@ def _peer(name: str, option: str, peer: int | None, step: int, group: Group) -> 
     checks.is_group(name, group)
     if group.simulated:
         if peer is not None:
-            raise FcommError(
+            raise ArgumentError(
                 f"{name}: {option} is {peer!r}, but every rank of simulated axis '{group.name}' makes this call; "
                 "leave it out for the neighbour, or use ppermute(perm=[(source, destination)])"
             )
@@ -62,7 +62,7 @@ def _peer(name: str, option: str, peer: int | None, step: int, group: Group) -> 
     if peer is None:
         return ((group.rank or 0) + step) % group.size
     if checks.rank_in_group(name, option, peer, group) == group.rank and group.size > 1:
-        raise FcommError(f"{name}: {option} is {peer}, this rank itself, on group '{group.name}'; use x as it is")
+        raise ArgumentError(f"{name}: {option} is {peer}, this rank itself, on group '{group.name}'; use x as it is")
     return peer
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fcomm.collectives.exchange import all_to_all
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError, FcommError
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, define
 
@@ -54,13 +54,13 @@ def ragged_all_to_all(
 
 def _check(operand: Tensor, output: Tensor, vectors: Sequence[Tensor], group: Group) -> None:
     if operand.dim() < 1 or operand.shape[1:] != output.shape[1:] or operand.dtype != output.dtype:
-        raise FcommError(
+        raise ArgumentError(
             f"ragged_all_to_all: operand is {tuple(operand.shape)} {operand.dtype}, output {tuple(output.shape)} "
             f"{output.dtype}; only their numbers of rows may differ"
         )
     for name, v in zip(("input_offsets", "send_sizes", "output_offsets", "recv_sizes"), vectors, strict=True):
         if v.shape != (group.size,) or v.is_floating_point() or v.is_complex() or v.dtype == torch.bool:
-            raise FcommError(
+            raise ArgumentError(
                 f"ragged_all_to_all: {name} is {tuple(v.shape)} {v.dtype}; group '{group.name}' needs "
                 f"({group.size},) integers, one for each rank"
             )
