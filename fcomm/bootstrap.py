@@ -1,4 +1,4 @@
-"""Where the launcher put this process, the store that its ranks share, and that all of them came.
+"""Where the launcher put this process, the store that its ranks share, and how each knows that all have arrived.
 
 The store carries short texts in a fixed form, never pickles: each rank's claim, and the first error that a rank found,
 so that all of them report it.
@@ -165,7 +165,7 @@ def _listener(place: Place) -> socket.socket:
         return socket.create_server(("", place.port), backlog=backlog)
 
 
-# --- that all came ------------------------------------------------------------------------------------------------
+# --- arrival ------------------------------------------------------------------------------------------------------
 
 
 def _meet(store: dist.Store, name: str, place: Place, claim: str, deadline: float, timeout_s: float) -> tuple[str, ...]:
@@ -179,7 +179,7 @@ def _meet(store: dist.Store, name: str, place: Place, claim: str, deadline: floa
             f"rank {place.rank} of '{name}' joined twice at {place.host}:{place.port}, as {_who(holder)} and "
             f"{_who(claim)}; give each process its own rank, or a fresh MASTER_PORT to each run",
         )
-    while not come(store, keys, _SLICE_S):
+    while not wait_for_keys(store, keys, _SLICE_S):
         here = [r for r, key in enumerate(keys) if store.check([key])]
         _compare_sizes(store, name, place, here)
         _raise_reported(store, place)
@@ -197,12 +197,12 @@ def _meet(store: dist.Store, name: str, place: Place, claim: str, deadline: floa
     store.set(f"seen/{place.rank}", "")
     if place.serve:
         # The others still read the claims; this process may be about to end.
-        come(store, [f"seen/{r}" for r in range(place.size)], max(_SLICE_S, deadline - time.monotonic()))
+        wait_for_keys(store, [f"seen/{r}" for r in range(place.size)], max(_SLICE_S, deadline - time.monotonic()))
     return identities
 
 
-def come(store: dist.Store, keys: list[str], limit_s: float) -> bool:
-    """Whether all keys came within the limit. Not by store.wait, which logs a warning each time that they did not."""
+def wait_for_keys(store: dist.Store, keys: list[str], limit_s: float) -> bool:
+    """Whether all keys were set within the limit. Polled: store.wait logs a warning each time that they were not."""
     deadline, pause = time.monotonic() + limit_s, 1e-3
     while not store.check(keys):
         if time.monotonic() > deadline:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 class FcommError(RuntimeError):
-    """A local mistake, found before any communication: nothing was sent, the group stays usable.
+    """The base of all errors here. By itself a local mistake: nothing was sent, and the group stays usable.
 
     op, group, rank: the collective, the name of its group, and this process's rank in it, where the error concerns one.
     culprits: the ranks within the group that caused it, as far as this rank can know.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fcomm import processes
 from fcomm.backends.worker import Worker, start_worker, submit_behind
-from fcomm.bootstrap import come
+from fcomm.bootstrap import wait_for_keys
 from fcomm.errors import (
     BackendError,
     CollectiveTimeoutError,
@@ -250,7 +250,7 @@ def _introduce(on: Communicator) -> list[str]:
     deadline = time.monotonic() + on.live.timeout_s
     on.store.set(f"member/{on.rank}", f"{processes.identity()} {int(on.check)}")
     keys = [f"member/{r}" for r in range(on.size)]
-    while not come(on.store, keys, _SLICE_S):
+    while not wait_for_keys(on.store, keys, _SLICE_S):
         gone = _gone(on)
         absent = [r for r, key in enumerate(keys) if not on.store.check([key])]
         if gone or time.monotonic() > deadline:
