@@ -42,15 +42,15 @@ def check_op(name: str, op: str, dtype: torch.dtype, allowed: Sequence[str] = OP
         return
     if op in BIT_OPS and (dtype.is_floating_point or dtype.is_complex):
         raise TypeError(
-            f"{name}: op '{op}' is defined on integers and bool, x is {dtype} (on every backend); choose another op"
+            f"{name}: op '{op}' is defined on integers and bool, on every backend, but x is {dtype}; choose another op"
         )
     if op in ("max", "min") and dtype.is_complex:
         raise TypeError(
-            f"{name}: op '{op}' needs an order, x is {dtype} (on every backend); "
+            f"{name}: op '{op}' needs an order, on every backend, but x is {dtype}; "
             "reduce torch.view_as_real(x) or x.abs()"
         )
     if op == "mean" and dtype == torch.bool:
-        raise TypeError(f"{name}: op 'mean' has no meaning for {dtype} (on every backend); convert x to a float dtype")
+        raise TypeError(f"{name}: op 'mean' has no meaning for {dtype}, on any backend; convert x to a float dtype")
 
 
 def fold(xs: Sequence[Tensor], op: str) -> Tensor:

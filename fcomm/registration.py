@@ -147,7 +147,7 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
             ("a simulated axis", "fcomm.sim") if group.simulated else ("made of processes", "fcomm.cpu or fcomm.c10d")
         )
         raise FcommError(
-            f"{name}: group '{group.name}' is {kind} and backend '{backend.name}' cannot serve it; pass {needs}"
+            f"{name}: group '{group.name}' is {kind}, which backend '{backend.name}' cannot serve; pass {needs}"
         )
     for x in tensors:
         if not isinstance(x, Tensor):
@@ -161,8 +161,8 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
             raise TypeError(f"{name}: x is on the meta device and has no data; materialise it first")
         if backend.devices and device not in backend.devices:
             raise FcommError(
-                f"{name}: x is on device '{device}', backend '{backend.name}' takes {' or '.join(backend.devices)}; "
-                f"move x or choose another backend for group '{group.name}'"
+                f"{name}: x is on device '{device}', but backend '{backend.name}' takes "
+                f"{' or '.join(backend.devices)}; move x or choose another backend for group '{group.name}'"
             )
 
 

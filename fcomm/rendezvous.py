@@ -274,7 +274,8 @@ def split(parent: Group, size: int, *, name: str) -> Group:
     _check_parent("split", parent)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1 or parent.size % size:
         raise FcommError(
-            f"split: size is {size!r}, group '{parent.name}' has {parent.size} ranks; pass a divisor of {parent.size}"
+            f"split: size is {size!r}, but group '{parent.name}' has {parent.size} ranks; "
+            f"pass a divisor of {parent.size}"
         )
     if parent.rank is None:
         live(parent, "split")
@@ -291,7 +292,7 @@ def mesh(parent: Group, **sizes: int) -> dict[str, Group]:
     wrong = [f"{name}={size!r}" for name, size in sizes.items() if type(size) is not int or size < 1]
     if wrong or math.prod(sizes.values()) != parent.size or not sizes:
         raise FcommError(
-            f"mesh: the sizes are {sizes}, group '{parent.name}' has {parent.size} ranks; "
+            f"mesh: the sizes are {sizes}, but group '{parent.name}' has {parent.size} ranks; "
             f"pass positive ints whose product is {parent.size}"
         )
     live(parent, "mesh")

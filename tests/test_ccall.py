@@ -387,7 +387,7 @@ def test_the_same_library_is_the_same_backend() -> None:
 def test_a_tensor_of_another_device_is_refused() -> None:
     world = fcomm.init(name="alone")
     try:
-        with pytest.raises(fcomm.FcommError, match="x is on device 'cpu', backend 'nccl' takes cuda"):
+        with pytest.raises(fcomm.FcommError, match="x is on device 'cpu', but backend 'nccl' takes cuda"):
             fcomm.all_reduce(torch.ones(1), world, fcomm.nccl)
         with FakeTensorMode():
             assert fcomm.barrier(world, fcomm.nccl).device.type == "cuda"  # its own tensor is where it is taken

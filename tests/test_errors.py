@@ -113,13 +113,13 @@ BAD: list[tuple[Call, type[Exception], str]] = [
     (
         lambda g, b: fcomm.reduce_scatter(X, g, b, dim=1, tiled=False),
         ArgumentError,
-        "reduce_scatter: x.shape[1] is 3, with tiled=False it must be the size 2 of group 'world'; "
+        "reduce_scatter: x.shape[1] is 3, but with tiled=False it must be 2, the size of group 'world'; "
         "reshape x or pass tiled=True",
     ),
     (
         lambda g, b: fcomm.all_to_all(X, g, b, split_dim=1, tiled=False),
         ArgumentError,
-        "all_to_all: x.shape[1] is 3, with tiled=False it must be the size 2 of group 'world'; "
+        "all_to_all: x.shape[1] is 3, but with tiled=False it must be 2, the size of group 'world'; "
         "reshape x or pass tiled=True",
     ),
     # sizes
@@ -141,7 +141,7 @@ BAD: list[tuple[Call, type[Exception], str]] = [
     (
         lambda g, b: fcomm.reduce_scatter(X, g, b, sizes=[1, 2]),
         ArgumentError,
-        "reduce_scatter: x.shape[0] is 2, sizes=[1, 2] add up to 3; make them agree on group 'world'",
+        "reduce_scatter: x.shape[0] is 2, but sizes=[1, 2] add up to 3; make them agree on group 'world'",
     ),
     (
         lambda g, b: fcomm.reduce_scatter(X, g, b, sizes=[1.0, 1.0]),
@@ -169,7 +169,7 @@ BAD: list[tuple[Call, type[Exception], str]] = [
         lambda g, b: fcomm.all_to_all(X, g, b, send_sizes=[[1, 2], [2, 1]]),
         ArgumentError,
         # The simulated axis says "the longest row of send_sizes=[3]".
-        "all_to_all: x.shape[0] is 2, send_sizes=[{row}] add up to 3; make them agree on group 'world'",
+        "all_to_all: x.shape[0] is 2, but send_sizes=[{row}] add up to 3; make them agree on group 'world'",
     ),
     (
         lambda g, b: fcomm.all_to_all(X, g, b, recv_sizes=[1, 1]),
@@ -259,19 +259,19 @@ BAD: list[tuple[Call, type[Exception], str]] = [
     (
         lambda g, b: fcomm.all_reduce(X, g, b, op="bor"),
         TypeError,
-        "all_reduce: op 'bor' is defined on integers and bool, x is torch.float32 (on every backend); "
+        "all_reduce: op 'bor' is defined on integers and bool, on every backend, but x is torch.float32; "
         "choose another op",
     ),
     (
         lambda g, b: fcomm.reduce(X.to(torch.complex64), g, b, op="max"),
         TypeError,
-        "reduce: op 'max' needs an order, x is torch.complex64 (on every backend); "
+        "reduce: op 'max' needs an order, on every backend, but x is torch.complex64; "
         "reduce torch.view_as_real(x) or x.abs()",
     ),
     (
         lambda g, b: fcomm.all_reduce(X.bool(), g, b, op="mean"),
         TypeError,
-        "all_reduce: op 'mean' has no meaning for torch.bool (on every backend); convert x to a float dtype",
+        "all_reduce: op 'mean' has no meaning for torch.bool, on any backend; convert x to a float dtype",
     ),
     # tensors
     (
@@ -405,18 +405,18 @@ BAD_IN_PROCESSES: list[tuple[Call, type[Exception], str]] = [
     (
         lambda g, b: fcomm.all_reduce(X, g, fcomm.sim),
         FcommError,
-        "all_reduce: group 'world' is made of processes and backend 'sim' cannot serve it; "
+        "all_reduce: group 'world' is made of processes, which backend 'sim' cannot serve; "
         "pass fcomm.cpu or fcomm.c10d",
     ),
     (
         lambda g, b: fcomm.all_reduce(X, fcomm.axis("i", 2), b),
         FcommError,
-        "all_reduce: group 'i' is a simulated axis and backend 'c10d' cannot serve it; pass fcomm.sim",
+        "all_reduce: group 'i' is a simulated axis, which backend 'c10d' cannot serve; pass fcomm.sim",
     ),
     (
         lambda g, b: fcomm.all_reduce(X, g, replace(b, name="other", devices=("cuda", "npu"))),
         FcommError,
-        "all_reduce: x is on device 'cpu', backend 'other' takes cuda or npu; "
+        "all_reduce: x is on device 'cpu', but backend 'other' takes cuda or npu; "
         "move x or choose another backend for group 'world'",
     ),
     (
@@ -439,7 +439,7 @@ BAD_IN_PROCESSES: list[tuple[Call, type[Exception], str]] = [
     (
         lambda g, b: fcomm.all_gather(X[: g.rank], g, b, sizes=[2, 2]),
         ArgumentError,
-        "all_gather: x.shape[0] is {rank}, rank {rank}'s entry of sizes=[2, 2] is 2; "
+        "all_gather: x.shape[0] is {rank}, but rank {rank}'s entry of sizes=[2, 2] is 2; "
         "pass the lengths that the ranks of group 'world' hold",
     ),
     (
@@ -536,27 +536,28 @@ BAD_GROUPS: list[tuple[Callable[[Group], Any], type[Exception], str]] = [
     (
         lambda g: fcomm.split(g, 3, name="s"),
         FcommError,
-        "split: size is 3, group 'world' has 2 ranks; pass a divisor of 2",
+        "split: size is 3, but group 'world' has 2 ranks; pass a divisor of 2",
     ),
     (
         lambda g: fcomm.split(g, True, name="s"),
         FcommError,
-        "split: size is True, group 'world' has 2 ranks; pass a divisor of 2",
+        "split: size is True, but group 'world' has 2 ranks; pass a divisor of 2",
     ),
     (
         lambda g: fcomm.mesh(g, dp=2, tp=2),
         FcommError,
-        "mesh: the sizes are {'dp': 2, 'tp': 2}, group 'world' has 2 ranks; pass positive ints whose product is 2",
+        "mesh: the sizes are {'dp': 2, 'tp': 2}, but group 'world' has 2 ranks; pass positive ints whose product is 2",
     ),
     (
         fcomm.mesh,
         FcommError,
-        "mesh: the sizes are {}, group 'world' has 2 ranks; pass positive ints whose product is 2",
+        "mesh: the sizes are {}, but group 'world' has 2 ranks; pass positive ints whose product is 2",
     ),
     (
         lambda g: fcomm.mesh(g, dp=-1, tp=-2),
         FcommError,
-        "mesh: the sizes are {'dp': -1, 'tp': -2}, group 'world' has 2 ranks; pass positive ints whose product is 2",
+        "mesh: the sizes are {'dp': -1, 'tp': -2}, but group 'world' has 2 ranks; "
+        "pass positive ints whose product is 2",
     ),
     (
         lambda g: fcomm.split("world", 2, name="s"),

@@ -56,7 +56,7 @@ def one_each(name: str, x: Tensor, dim: int, group: Group) -> None:
     """x.shape[dim] must be the number of ranks."""
     if not holds(x.shape[dim] == group.size):
         raise ArgumentError(
-            f"{name}: x.shape[{dim}] is {x.shape[dim]}, with tiled=False it must be the size {group.size} of "
+            f"{name}: x.shape[{dim}] is {x.shape[dim]}, but with tiled=False it must be {group.size}, the size of "
             f"group '{group.name}'; reshape x or pass tiled=True"
         )
 
@@ -83,7 +83,7 @@ def own_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: int
     if not holds(x.shape[dim] == expected):
         which = "the largest" if group.simulated else f"rank {group.rank}'s"
         raise ArgumentError(
-            f"{name}: x.shape[{dim}] is {x.shape[dim]}, {which} entry of {option}={list(sizes)} is {expected}; "
+            f"{name}: x.shape[{dim}] is {x.shape[dim]}, but {which} entry of {option}={list(sizes)} is {expected}; "
             f"pass the lengths that the ranks of group '{group.name}' hold"
         )
 
@@ -92,7 +92,7 @@ def total_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: i
     """x.shape[dim] must be the sum of sizes."""
     if not holds(x.shape[dim] == sum(sizes)):
         raise ArgumentError(
-            f"{name}: x.shape[{dim}] is {x.shape[dim]}, {option}={list(sizes)} add up to {sum(sizes)}; "
+            f"{name}: x.shape[{dim}] is {x.shape[dim]}, but {option}={list(sizes)} add up to {sum(sizes)}; "
             f"make them agree on group '{group.name}'"
         )
 
