@@ -31,7 +31,7 @@ def collectives_table() -> str:
             if p.kind is p.KEYWORD_ONLY
         ]
         meaning = re.split(r"\.(?:\s|$)", doc)[0]
-        derivative = vjp(doc) or ("" if name == "axis_size" else "that of what it is composed of")
+        derivative = vjp(doc) or ("" if name == "axis_size" else "that of the collectives it is composed of")
         rows.append(f"| `{name}` | {' '.join(options)} | {meaning} | {derivative} |")
     return "\n".join(rows)
 

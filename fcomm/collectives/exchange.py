@@ -171,7 +171,7 @@ define(
 
 
 def ppermute(x: Tensor, group: Group, backend: Backend, *, perm: Sequence[tuple[int, int]]) -> Tensor:
-    """Send x from each source to its destination; a rank that is no destination gets zeros.
+    """Send x from each source to its destination; a rank that is not a destination gets zeros.
 
         perm=[(0, 1), (1, 2)]    rank 0  [a]      [0]
                                  rank 1  [b]  ->  [a]

@@ -23,7 +23,7 @@ def ragged_all_to_all(
     group: Group,
     backend: Backend,
 ) -> Tensor:
-    """Send rows of operand to each rank, into rows of that rank's output, as jax.lax.ragged_all_to_all.
+    """Send rows of operand to each rank, into rows of that rank's output, as jax.lax.ragged_all_to_all does.
 
         rank 0  operand [a b b]  send_sizes [1 2]      [a c . .]
         rank 1  operand [c c d]  send_sizes [1 2]  ->  [b b . .]     (c d to itself: [b b c d])

@@ -28,7 +28,7 @@ def broadcast(x: Tensor, group: Group, backend: Backend, *, src: int = 0) -> Ten
                  rank 1  [b]  ->  [a]
 
     x and the result have one shape and dtype on every rank, any dtype.
-    vjp: reduce to src: the other ranks' x gets zeros. Traffic: x's bytes per rank (nccl-tests, PERFORMANCE.md).
+    vjp: reduce to src; the other ranks' x get zeros. Traffic: x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if src is not a rank of the group.
     """
     return apply("broadcast", x, group, backend, checks.rank_in_group("broadcast", "src", src, group))
@@ -122,7 +122,7 @@ def scatter(x: Tensor, group: Group, backend: Backend, *, src: int = 0, dim: int
                  rank 1  [b0 b1]  ->  [a1]
 
     x is [.., n*d, ..] at dim on every rank and the result [.., d, ..], n = group.size, any dtype.
-    vjp: gather to src: the other ranks' x gets zeros. Traffic: (n-1)/n of x's bytes at the root.
+    vjp: gather to src; the other ranks' x get zeros. Traffic: (n-1)/n of x's bytes at the root.
     Raises FcommError if src is not a rank of the group, dim is out of range, or n does not divide x.shape[dim].
     """
     src = checks.rank_in_group("scatter", "src", src, group)

@@ -233,7 +233,7 @@ def ragged_all_to_all(
 
 
 def ppermute(x: Tree, group: Groups, backend: Backend, perm: Iterable[tuple[int, int]]) -> Tree:
-    """Send x along the (source, destination) pairs of perm; a rank that is no destination gets zeros.
+    """Send x along the (source, destination) pairs of perm; a rank that is not a destination gets zeros.
 
     Over several groups every rank receives all x, and keeps that of its source.
     """
