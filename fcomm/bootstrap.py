@@ -69,9 +69,9 @@ def launcher_place(env: Mapping[str, str]) -> Place | None:
     if size == 1:
         return Place("init", 0, 1, "", 0, False)
     several_hosts = local in env and _number(env, local) != size
-    host = env.get("MASTER_ADDR") or (
-        first_host(nodes) if nodes else "" if several_hosts or job is None else _LOOPBACK[0]
-    )
+    host = env.get("MASTER_ADDR") or first_host(nodes)
+    if not host and not nodes and not several_hosts and job is not None:
+        host = _LOOPBACK[0]
     if not host or ("MASTER_PORT" not in env and job is None):
         raise RendezvousError(
             f"init: {names[0]} and {names[1]} say rank {rank} of {size}, but not where the ranks meet; "

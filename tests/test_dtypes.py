@@ -15,13 +15,8 @@ import fcomm
 from fcomm import Group
 from fcomm.arithmetic import OPS, fold
 from fcomm.testing import run_ranks
+from fcomm.testing.strategies import DTYPES
 
-DTYPES = (
-    torch.bool,
-    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
-    *(torch.complex64, torch.complex128),
-)
 OUT = Path(__file__).parent.parent / "out"
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import fcomm
 from fcomm import arithmetic
 from fcomm.testing import run_ranks
+from fcomm.testing.strategies import DTYPES
 
 ROOT = Path(__file__).parent.parent
 ENGINE = ROOT / "fcomm" / "csrc"
@@ -112,13 +113,6 @@ def awkward(dtype: torch.dtype, count: int, seed: int) -> Tensor:
     x[3::50] *= 1e5
     x[5::101], x[6::103] = 1.0 if dtype.is_complex else torch.inf, torch.nan
     return (torch.view_as_complex(x) if dtype.is_complex else x[:, 0]).to(dtype)
-
-
-DTYPES = (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
-    torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
-    torch.float8_e4m3fn, torch.float8_e5m2,
-)  # fmt: skip
 
 
 def differences_from_fold(world: fcomm.Group, count: int) -> list[str]:

@@ -26,7 +26,7 @@ T = TypeVar("T")
 SLICE_S = 0.1  # how often a long wait looks for another rank's failure
 _ANSWER_S = 0.4  # how long a rank may take to notice a failure before it counts as absent
 STORE_S = 2.0  # the store may be what failed
-_ABORT_S = {"cpu": 0.5}  # an abort that takes longer goes on alone
+_ABORT_S = 0.5  # an abort that takes longer goes on alone
 _ABORT_ON_DEVICE_S = 5.0  # there it waits for kernels that write into tensors
 
 # Of a failure in the store: magic, rank, code (_TIMEOUT, _OTHER, or the library's). Its text follows.
@@ -78,7 +78,7 @@ def abort(on: Team, library: Library, channel: Channel) -> None:
     if held:
         channel.polling.release()
     if handle.value:
-        limit_s = _ABORT_S.get(on.device.type, _ABORT_ON_DEVICE_S)
+        limit_s = _ABORT_S if on.device.type == "cpu" else _ABORT_ON_DEVICE_S
 
         def end() -> None:
             with current(on.device):

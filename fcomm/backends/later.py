@@ -140,7 +140,7 @@ def _watch_teams() -> None:
 def look_at_pending(on: Team) -> None:
     """Give up on the team if what the device has not finished is late, or the library or a rank has failed.
 
-    With nothing pending, too: a call after another rank's failure shall raise, and not put a kernel that nobody meets
+    With nothing pending, too: a call after another rank's failure must raise, and not put a kernel that nobody meets
     on the device.
     """
     with on.lock:

@@ -51,7 +51,7 @@ _ERRORS: dict[str, type[FcommError]] = {
 # torch's NCCL has one communicator for both directions between two ranks: where both send before they receive, opening
 # it fails ("internal error"). So there send and recv have a process group for each direction.
 _DIRECTED = ("cuda",)
-_STARTING = threading.Lock()
+_STARTING = threading.Lock()  # of workers; not the edge's lock, which its worker holds until the receiver comes
 
 
 @dataclass
@@ -251,18 +251,21 @@ def _introduce(on: Communicator) -> list[str]:
     on.store.set(f"member/{on.rank}", f"{processes.identity()} {int(on.check)}")
     keys = [f"member/{r}" for r in range(on.size)]
     while not wait_for_keys(on.store, keys, _SLICE_S):
-        gone = _gone(on)
+        if gone := _gone(on):
+            raise PeerDiedError(
+                f"{_ranks(gone)} of group '{on.group.name}' ended before this call; look at the log there",
+                group=on.group.name,
+                rank=on.rank,
+                culprits=gone,
+            )
         absent = [r for r, key in enumerate(keys) if not on.store.check([key])]
-        if gone or time.monotonic() > deadline:
-            kind = PeerDiedError if gone else CollectiveTimeoutError
-            raise kind(
-                f"{_ranks(gone)} of group '{on.group.name}' ended before this call; look at the log there"
-                if gone
-                else f"{_ranks(absent)} of group '{on.group.name}' made no call on backend 'c10d' within "
+        if absent and time.monotonic() > deadline:
+            raise CollectiveTimeoutError(
+                f"{_ranks(absent)} of group '{on.group.name}' made no call on backend 'c10d' within "
                 f"{on.live.timeout_s} s; every rank of the group makes the same calls",
                 group=on.group.name,
                 rank=on.rank,
-                culprits=gone or absent,
+                culprits=absent,
             )
     said = [on.store.get(key).decode(errors="replace").split(" ") for key in keys]
     checks = [check for _, check in said]

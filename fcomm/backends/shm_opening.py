@@ -107,7 +107,8 @@ def _serve(owner: Live, native: Any, first_round: int, life: int, deadline: floa
     for rank, connection in peers.items():
         with _peer(owner, rank):
             connection.sendall(_FAILED if failed else _READY)
-    return _unless(failed, owner, communicator)
+    _raise_unmapped(owner, failed)
+    return communicator
 
 
 def _join(owner: Live, native: Any, life: int, deadline: float, opened: contextlib.ExitStack) -> Any:
@@ -132,7 +133,8 @@ def _join(owner: Live, native: Any, life: int, deadline: float, opened: contextl
         connection.sendall(_FAILED if text else _READY)
         verdict, _ = _receive(connection, 1, 0, deadline)
     failed = {rank: text} if text else {} if verdict == _READY else {0: "a rank could not map its memory, see its log"}
-    return _unless(failed, owner, communicator)
+    _raise_unmapped(owner, failed)
+    return communicator
 
 
 def _map(owner: Live, native: Any, region: int, lives: Sequence[int], nonce: int) -> tuple[Any, str]:
@@ -147,7 +149,8 @@ def _map(owner: Live, native: Any, region: int, lives: Sequence[int], nonce: int
         return None, str(error)
 
 
-def _unless(failed: dict[int, str], owner: Live, communicator: Any) -> Any:
+def _raise_unmapped(owner: Live, failed: dict[int, str]) -> None:
+    """Raise RendezvousError if a rank could not map the region: {rank: why}."""
     group = owner.group
     if failed:
         named = "; ".join(f"rank {r}: {text}" for r, text in sorted(failed.items()))
@@ -156,7 +159,6 @@ def _unless(failed: dict[int, str], owner: Live, communicator: Any) -> Any:
             "check the limits of memory and of descriptors, or use fcomm.c10d",
             group=group.name, rank=group.rank, culprits=failed,
         )  # fmt: skip
-    return communicator
 
 
 # --- lives --------------------------------------------------------------------------------------------------------

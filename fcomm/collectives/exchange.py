@@ -83,10 +83,10 @@ def _canonical_blocks(
         checks.total_length("all_to_all", "the longest row of send_sizes", [longest], x, split_dim, group)
         return [*chain(*rows)], [*chain(*columns)]
     if recv_sizes is None or (group.simulated and split_dim == concat_dim):
+        either = "" if group.simulated else "recv_sizes beside send_sizes, or "
         raise ArgumentError(
-            f"all_to_all: group '{group.name}' needs " + ("send_sizes as the matrix of all ranks' sends"
-            if group.simulated else "recv_sizes beside send_sizes, or send_sizes as the matrix of all ranks' sends")
-        )  # fmt: skip
+            f"all_to_all: group '{group.name}' needs {either}send_sizes as the matrix of all ranks' sends"
+        )
     send = checks.canonical_sizes("all_to_all", "send_sizes", send_sizes, group)  # type: ignore[arg-type]  # a row
     recv = checks.canonical_sizes("all_to_all", "recv_sizes", recv_sizes, group)
     checks.total_length("all_to_all", "send_sizes", send, x, split_dim, group)
