@@ -16,8 +16,9 @@ from cases import CASES
 from doubles import build
 
 import fcomm
-from fcomm.arithmetic import check_op, fold
+from fcomm.arithmetic import OPS, check_op, fold
 from fcomm.testing import check_case
+from fcomm.testing.strategies import DTYPES
 
 DOUBLES = {
     "nccl": "nccl/libnccl.so.2",
@@ -95,24 +96,13 @@ def one_rank(world: fcomm.Group, double: str) -> list[str]:
 def all_dtypes(world: fcomm.Group, double: str) -> list[str]:
     """Every dtype and reduction, and movement of every dtype, against the arithmetic over all ranks' values."""
     on, failures, right = backend(double), [], 0
-    integers = (
-        torch.uint8,
-        torch.int8,
-        torch.uint16,
-        torch.int16,
-        torch.uint32,
-        torch.int32,
-        torch.uint64,
-        torch.int64,
-    )
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
-    for dtype in (torch.bool, *integers, *floats, torch.float8_e4m3fn, torch.float8_e5m2):
+    for dtype in DTYPES:
         base = torch.tensor([[0, 1, 2, 3, 1], [2, 0, 1, 3, 0], [1, 2, 0, 3, 1]])[: world.size]
         xs = [(row % 2 if dtype == torch.bool else row).to(torch.float32).to(dtype) for row in base]
         mine = xs[world.rank or 0]
         raw = [x.view(torch.uint8) for x in (fcomm.all_gather(mine, world, on), torch.cat(xs))]
         failures += [] if torch.equal(*raw) else [f"all_gather {dtype}"]
-        for op in ("sum", "mean", "max", "min", "prod", "band", "bor", "bxor"):
+        for op in OPS:
             try:
                 check_op("all_reduce", op, dtype)
             except TypeError:
