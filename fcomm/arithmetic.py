@@ -50,7 +50,7 @@ def check_op(name: str, op: str, dtype: torch.dtype, allowed: Sequence[str] = OP
             "reduce torch.view_as_real(x) or x.abs()"
         )
     if op == "mean" and dtype == torch.bool:
-        raise TypeError(f"{name}: op 'mean' has no meaning for {dtype}, on any backend; convert x to a float dtype")
+        raise TypeError(f"{name}: op 'mean' has no meaning for {dtype} on any backend; convert x to a float dtype")
 
 
 def fold(xs: Sequence[Tensor], op: str) -> Tensor:

@@ -271,7 +271,7 @@ BAD: list[tuple[Call, type[Exception], str]] = [
     (
         lambda g, b: fcomm.all_reduce(X.bool(), g, b, op="mean"),
         TypeError,
-        "all_reduce: op 'mean' has no meaning for torch.bool, on any backend; convert x to a float dtype",
+        "all_reduce: op 'mean' has no meaning for torch.bool on any backend; convert x to a float dtype",
     ),
     # tensors
     (
