@@ -216,7 +216,9 @@ def _compare_sizes(store: dist.Store, name: str, place: Place, ranks: Sequence[i
     sizes = {r: _text(store.get(f"claim/{r}")).split(" ")[0] for r in ranks}
     if len(set(sizes.values())) > 1:
         said = ", ".join(f"rank {r} says {size}" for r, size in sizes.items())
-        _give_up(store, place, f"the ranks of '{name}' disagree on its size: {said}; start all with one size", ranks)
+        _give_up(
+            store, place, f"the ranks of '{name}' disagree on its size: {said}; start all with the same size", ranks
+        )
 
 
 def _give_up(store: dist.Store, place: Place, text: str, culprits: Sequence[int] = ()) -> None:

@@ -209,7 +209,8 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
         return record.compose(*tensors, group, backend, **named)  # type: ignore[no-any-return]
     reason = backend.unsupported.get(record.name, "it has no lowering of that name")
     raise FcommError(
-        f"{record.name}: backend '{backend.name}' cannot do it: {reason}; use another backend for group '{group.name}'"
+        f"{record.name}: backend '{backend.name}' does not support it: {reason}; "
+        f"use another backend for group '{group.name}'"
     )
 
 

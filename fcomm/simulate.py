@@ -51,7 +51,7 @@ def simulate(fn: Callable[..., Any], axis: Group, *, randomness: str = "error") 
         if is_bound(key):
             raise FcommError(f"simulate: axis '{axis.name}' is bound already; give the inner axis another name")
         in_dims = pytree.tree_map(in_dim, (args, kwargs))
-        # In processes axis_index is a number on the CPU, which mixes with tensors of any device. Ranks of it are none.
+        # In processes axis_index is a 0-d tensor on the CPU, which mixes with any device's; batched, it would not.
         device = next((x.device for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
         index = torch.arange(size, device=device)
         return torch.vmap(one_rank, in_dims=(0, *in_dims), randomness=randomness)(index, args, kwargs)

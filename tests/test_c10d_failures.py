@@ -302,7 +302,7 @@ def test_with_fcomm_check_every_difference_raises_on_all_ranks(size: int, monkey
 def check_of_one(world: Group) -> list[str]:
     os.environ["FCOMM_CHECK"] = str(world.rank)
     got = outcome(lambda: fcomm.all_reduce(X, world, fcomm.c10d))
-    expected = "the ranks of group 'world' have FCOMM_CHECK = 0, 1; set it alike on all"
+    expected = "the ranks of group 'world' have FCOMM_CHECK = 0, 1; set it to the same value on all"
     return [] if (got["kind"], got["text"]) == ("MismatchError", expected) else [str(got)]
 
 

@@ -424,7 +424,7 @@ BAD_IN_PROCESSES: list[tuple[Call, type[Exception], str]] = [
             X, g, replace(b, name="other", lowerings={}, unsupported={"all_reduce": "no bus"})
         ),
         FcommError,
-        "all_reduce: backend 'other' cannot do it: no bus; use another backend for group 'world'",
+        "all_reduce: backend 'other' does not support it: no bus; use another backend for group 'world'",
     ),
     (
         lambda g, b: fcomm.all_reduce(X, Group("gone", (0, 1), g.rank), b),

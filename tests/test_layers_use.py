@@ -325,7 +325,7 @@ def test_errors_name_the_remedy() -> None:
         layers.ring_attention(q, q, q, TP, fcomm.sim, sizes=[3, 0])
     with pytest.raises(fcomm.FcommError, match="length is 6, not divisible into 2n = 4 blocks; pad it"):
         layers.zigzag_order(6, 2)
-    with pytest.raises(fcomm.FcommError, match="'tp' is no group of processes of which this is one; use gpipe"):
+    with pytest.raises(fcomm.FcommError, match="'tp' is not a group of processes that this one belongs to; use gpipe"):
         layers.one_f_one_b(lambda p, x: x, lambda y, m: y.sum(), {}, q, TP, fcomm.sim)
 
 

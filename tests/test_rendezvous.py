@@ -275,7 +275,7 @@ def test_ranks_that_disagree_on_the_size_are_named() -> None:
     for seconds, text in results:
         assert text == (
             "stateless_group: the ranks of 'own' disagree on its size: rank 0 says 2, rank 1 says 3; "
-            "start all with one size"
+            "start all with the same size"
         )
         assert seconds < 10
 

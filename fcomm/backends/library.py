@@ -91,7 +91,9 @@ def check_path(path: str, source: str) -> str:
     if not path or any(ord(c) < 32 for c in path):
         raise BackendUnavailableError(f"{shown} is empty or has control characters; pass an absolute path")
     if not os.path.isabs(path):
-        raise BackendUnavailableError(f"{shown} is relative, and would depend on the directory; pass an absolute path")
+        raise BackendUnavailableError(
+            f"{shown} is relative, and would depend on the current directory; pass an absolute path"
+        )
     try:
         real = os.path.realpath(path, strict=True)
         if not stat.S_ISREG(os.stat(real).st_mode):

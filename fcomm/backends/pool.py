@@ -42,7 +42,7 @@ def memory_stats() -> dict[str, int]:
 
 
 def empty_cache() -> int:
-    """Give the pool's idle blocks back to the system; returns their bytes. Tensors in use keep theirs."""
+    """Give the pool's idle blocks back to the system; the result is how many bytes that freed."""
     return int(native.pool_clear()) if native else 0
 
 

@@ -271,7 +271,8 @@ def _introduce(on: Communicator) -> list[str]:
     checks = [check for _, check in said]
     if len(set(checks)) > 1:
         raise MismatchError(
-            f"the ranks of group '{on.group.name}' have FCOMM_CHECK = {', '.join(checks)}; set it alike on all",
+            f"the ranks of group '{on.group.name}' have FCOMM_CHECK = {', '.join(checks)}; "
+            "set it to the same value on all",
             group=on.group.name,
             rank=on.rank,
         )

@@ -85,7 +85,7 @@ def _timeout(
     named = ", ".join(f"{r} (pid {native.pid(comm, r)})" for r in behind)
     return CollectiveTimeoutError(
         f"{here} rank{'s' if len(behind) > 1 else ''} {named} did not arrive in {asked} before the group's deadline; "
-        f"look what they do instead, or raise timeout_s; {_UNUSABLE}",
+        f"see what they do instead, or raise timeout_s; {_UNUSABLE}",
         **about,
     )
 

@@ -69,14 +69,14 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument(
-        "collectives", nargs="*", default=["all_reduce"], metavar="collective", help=f"all, or of: {_names()}"
+        "collectives", nargs="*", default=["all_reduce"], metavar="collective", help=f"all, or some of: {_names()}"
     )
     sizes = p.add_argument_group("sizes and calls")
     sizes.add_argument("-b", "--minbytes", type=nbytes, default=1024, help="smallest size (1K)")
     sizes.add_argument("-e", "--maxbytes", type=nbytes, default=64 << 20, help="largest size (64M)")
     sizes.add_argument("-f", "--stepfactor", type=_positive, default=4, help="factor between sizes (4)")
     sizes.add_argument("-i", "--stepbytes", type=nbytes, help="or the difference between sizes")
-    sizes.add_argument("-d", "--datatype", default="float", help=f"of: {' '.join(DTYPES)}")
+    sizes.add_argument("-d", "--datatype", default="float", help=f"one of: {' '.join(DTYPES)}")
     sizes.add_argument("-o", "--op", default="sum", help="sum mean max min prod, where the collective reduces")
     sizes.add_argument("-r", "--root", type=int, default=0, help="root, where it has one (0)")
     sizes.add_argument("-n", "--iters", type=_positive, default=0, help="calls per round (as many as fit in 10 ms)")
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("-c", "--check", type=_positive, default=1, help="calls compared with the spec beforehand (1)")
     sizes.add_argument("--rounds", type=_positive, default=9, help="rounds; medians are over them (9)")
     who = p.add_argument_group("who")
-    who.add_argument("--backend", default="cpu", help=f"of: {' '.join(_machines())} (cpu)")
+    who.add_argument("--backend", default="cpu", help=f"one of: {' '.join(_machines())} (cpu)")
     who.add_argument("--ranks", type=_positive, default=2, help="processes on this machine (2); a launcher's own win")
     who.add_argument("--vs", action="append", default=[], metavar="RIVAL", help="c10d, funcol or mpi; may be repeated")
     who.add_argument(
@@ -203,7 +203,7 @@ def _one_of(what: str, got: str, known: Iterable[str], note: str = "") -> None:
     if got not in known:
         listed = " ".join(known)
         nearest = _did_you_mean(got, known) or ";"
-        raise ValueError(f"{what} {got!r} is unknown{nearest} choose of: {listed}" + (note and f" ({note})"))
+        raise ValueError(f"{what} {got!r} is unknown{nearest} choose one of: {listed}" + (note and f" ({note})"))
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ class StatelessProcessGroup:
         except RuntimeError as error:
             raise CollectiveTimeoutError(
                 f"{what}: nothing arrived from rank {src} of group '{self.group.name}' within {timeout_s} s; "
-                "look for what that rank is doing",
+                "see what that rank is doing",
                 op=what, group=self.group.name, rank=self.rank, culprits=(src,),
             ) from error  # fmt: skip
         obj = decode(self.store.get(key))

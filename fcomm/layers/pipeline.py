@@ -88,7 +88,7 @@ def one_f_one_b(
     Raises FcommError on a simulated axis.
     """
     if group.simulated or group.rank is None:
-        raise FcommError(f"one_f_one_b: '{group.name}' is no group of processes of which this is one; use gpipe")
+        raise FcommError(f"one_f_one_b: '{group.name}' is not a group of processes that this one belongs to; use gpipe")
     rank, last = group.rank, group.rank == group.size - 1
     total = micro.new_zeros(())
     gradient = {name: torch.zeros_like(p) for name, p in params.items()}
