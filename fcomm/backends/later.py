@@ -49,7 +49,7 @@ def send_later(on: Team, x: Tensor, dst: int, call: Callable[[], None]) -> None:
 
 
 def finish_sending(on: Team, deadline: float) -> BaseException | None:
-    """Wait until every message was taken, or its receiver closes the group too and will not take it; what went wrong.
+    """Wait until every message was taken, its receiver closes the group too, or the deadline passes; what went wrong.
 
     A program may send what nobody receives: a checkpoint stops its second forward as soon as it has what it needs.
     """
@@ -58,7 +58,7 @@ def finish_sending(on: Team, deadline: float) -> BaseException | None:
         dst, sent = on.sending.popleft()
         try:
             if not _was_taken(on, dst, sent, deadline):
-                LOG.warning("%s: rank %d has closed without receiving a message", on.where("send"), dst)
+                LOG.warning("%s: a message to rank %d was not received", on.where("send"), dst)
                 abort(on, on.machine.load(), on.edges[on.rank, dst])
                 on.sending = deque((to, other) for to, other in on.sending if to != dst)
         except FcommError as error:
