@@ -129,7 +129,7 @@ def every_kind_of_group(world: fcomm.Group) -> None:
         funcol.all_reduce(x, "sum", grid)
     with pytest.raises(ValueError, match="group sizes must be identical"):
         funcol.all_reduce(x, "sum", [[0], [1, 2, 3]])
-    with pytest.raises(ValueError, match="'nobody', the name of no Group"):
+    with pytest.raises(ValueError, match="'nobody', which names neither a Group"):
         funcol.all_reduce(x, "sum", "nobody")
     with pytest.raises(ValueError, match="the only tuple"):
         funcol.all_reduce(x, "sum", (0, 1))
