@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from vendors import ASYNC, DEAF, DELAY, HANG, STATUS, backend, control, module, plant
+from vendors import ASYNC, DEAF, DELAY, HANG, STATUS, backend, calls, control, module, plant
 
 import fcomm
 from fcomm.testing import run_ranks
@@ -290,3 +290,60 @@ def first_rank(world: fcomm.Group, double: str, symbol: str, code: int) -> list[
 @pytest.mark.parametrize(("double", "symbol", "code"), [("nccl", "ncclGetUniqueId", 2), ("hccl", "HcclGetRootInfo", 8)])
 def test_an_id_that_cannot_be_made(double: str, symbol: str, code: int) -> None:
     run_ranks(first_rank, 3, double, symbol, code, timeout_s=60)
+
+
+def opened_late(world: fcomm.Group, double: str, symbol: str, abort: str) -> None:
+    """A communicator that is there only after its group has given up is ended all the same."""
+    group = fcomm.subgroup(world, range(world.size), name="late", timeout_s=1.0)
+    live = control(double).double_live()
+    if world.rank == 1:
+        plant(double, symbol, DELAY, 3000)
+    with pytest.raises(fcomm.CollectiveTimeoutError):
+        fcomm.all_reduce(torch.ones(1), group, backend(double))
+    until = time.monotonic() + 10
+    while (calls(double, abort) == 0 or control(double).double_live() != live) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert control(double).double_live() == live
+
+
+@pytest.mark.parametrize(
+    ("double", "symbol", "abort"),
+    [("nccl", "ncclCommInitRankConfig", "ncclCommAbort"), ("hccl", "HcclCommInitRootInfoConfig", "HcclCommDestroy")],
+)
+def test_a_communicator_that_opens_too_late_is_ended(double: str, symbol: str, abort: str) -> None:
+    run_ranks(opened_late, 2, double, symbol, abort, timeout_s=60)
+
+
+def ended_once(world: fcomm.Group, double: str, symbols: tuple[str, str]) -> None:
+    """The call that ends a communicator passes the deadline: no other call is made on what it may have freed."""
+    on, (destroy, abort) = backend(double), symbols
+    group = fcomm.subgroup(world, range(world.size), name="ending", timeout_s=1.0)
+    fcomm.all_reduce(torch.ones(1), group, on)
+    plant(double, destroy, DELAY, 2500)
+    with pytest.raises(fcomm.CollectiveTimeoutError):
+        fcomm.close(group)
+    time.sleep(2)
+    assert calls(double, destroy) + (calls(double, abort) if abort != destroy else 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("double", "symbols"),
+    [("nccl", ("ncclCommDestroy", "ncclCommAbort")), ("hccl", ("HcclCommDestroy", "HcclCommDestroy"))],
+)
+def test_a_communicator_is_ended_once(double: str, symbols: tuple[str, str]) -> None:
+    run_ranks(ended_once, 2, double, symbols, timeout_s=60)
+
+
+def unreceived(world: fcomm.Group, double: str) -> None:
+    on = backend(double)
+    fcomm.all_reduce(torch.ones(1), world, on)
+    if world.rank == 0:
+        fcomm.send(torch.ones(1), world, on, dst=1)
+    start = time.monotonic()
+    fcomm.close(world)
+    assert time.monotonic() - start < 10, "it waited for a rank that had closed"
+
+
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_a_message_to_a_rank_that_never_receives_does_not_hold_the_close(double: str) -> None:
+    run_ranks(unreceived, 2, double, timeout_s=60)

@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -115,9 +116,8 @@ def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: flo
 
 def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline: float) -> T:
     """fn() in the channel's thread, since calls may block there; or the error of a deadline or of another rank."""
-    if channel.worker is None:
-        channel.worker = start_worker()
-    future = channel.worker.submit(fn)
+    worker = channel.worker = channel.worker or start_worker()
+    future = worker.submit(fn)
     while True:
         try:
             return future.result(min(SLICE_S, max(0.0, deadline - time.monotonic())))
@@ -138,8 +138,16 @@ def _open(on: Team, op: str, channel: Channel, library: Library, deadline: float
     uid = _meet(on, op, channel, library, deadline)
 
     def connect() -> None:
+        handle = channel.handle
+        if channel.ended:
+            raise FcommError("the communicator was aborted")
         with current(on.device):
-            on.machine.connect(library, channel.handle, size, uid, rank)
+            try:
+                on.machine.connect(library, handle, size, uid, rank)
+            finally:
+                if channel.ended and (late := channel.take(handle)):
+                    # Another thread gave up meanwhile, and found nothing to abort yet.
+                    on.machine.abort(library, late)
             _settle(on, op, channel, library, deadline)
 
     _bounded(on, op, channel, connect, deadline)
@@ -196,9 +204,13 @@ def _close(on: Team) -> None:
     Raises the first error of a send or of a communicator's end; a team that failed before closes in silence.
     """
     told, deadline = on.told, time.monotonic() + on.live.timeout_s
-    if on.edges:
-        # Senders wait for their receivers, but not for one that is here.
-        limited(lambda: on.write(f"closing/{on.rank}", b"1"), STORE_S)
+
+    def say_so() -> None:
+        with suppress(RuntimeError):  # the process that serves the store may have ended before
+            on.write(f"closing/{on.rank}", b"1")
+
+    # Senders wait for their receivers, but not for one that is here, whether it has ever received or not.
+    limited(say_so, STORE_S)
     problem = finish_sending(on, deadline)
     forget(on)
     for channel in on.channels():
@@ -216,7 +228,12 @@ def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None
 
     def finish() -> None:
         with current(on.device):
-            on.machine.finish(library, handle, lambda: _settle(on, "close", channel, library, deadline))
+            on.machine.finalize(library, handle, lambda: _settle(on, "close", channel, library, deadline))
+            with channel.polling:  # nobody asks about it from here on
+                own = channel.take(handle)
+            if own is None:
+                raise FcommError("the communicator was aborted")
+            on.machine.destroy(library, own)
 
     try:
         with current(on.device):

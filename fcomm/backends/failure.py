@@ -77,12 +77,13 @@ def abort(on: Team, library: Library, channel: Channel) -> None:
     handle, channel.handle, channel.ready, channel.ended = channel.handle, ctypes.c_void_p(), False, True
     if held:
         channel.polling.release()
-    if handle.value:
+    opened = channel.take(handle)
+    if opened is not None:
         limit_s = _ABORT_S if on.device.type == "cpu" else _ABORT_ON_DEVICE_S
 
         def end() -> None:
             with current(on.device):
-                on.machine.abort(library, handle)
+                on.machine.abort(library, opened)
 
         limited(end, limit_s)
     if channel.worker is not None:

@@ -86,9 +86,10 @@ MOVES = {d: d for d, code in DTYPES.items() if code < 15} | {
 }
 
 _INTEGERS = (torch.int8, torch.int32, torch.int64)
-# op -> dtype -> (dtype HCCL reduces it as, op), where that means the same on every documented device. Not here, so
-# composed: unsigned integers and float64 (refused), int16 by prod (refused), max and min of floats (NaN is not
-# documented), half types (rounded at every step), bit operations. bool goes as int8: no unsigned type is reduced.
+# op -> dtype -> (dtype HCCL reduces it as, op), where that means the same on Atlas A2, A3 and Ascend 950 (the
+# training series 910 reduces no int16). Not here, so composed: unsigned integers and float64 (refused), int16 by prod
+# (refused), max and min of floats (NaN is not documented), half types (rounded at every step), bit operations. bool
+# goes as int8: no unsigned type is reduced.
 REDUCTIONS: dict[str, dict[torch.dtype, tuple[torch.dtype, str]]] = {
     "sum": {
         **{d: (d, "sum") for d in (*_INTEGERS, torch.int16, torch.float32)},
@@ -302,12 +303,11 @@ def _poll(lib: Library, handle: c_void_p) -> int:
     return code.value
 
 
-def _finish(lib: Library, handle: c_void_p, settle: Callable[[], None]) -> None:
-    lib.call("HcclCommDestroy", handle)
+def _finalize(lib: Library, handle: c_void_p, settle: Callable[[], None]) -> None:
+    pass  # HCCL has no such call, nor an abort: destroying is all
 
 
-def _abort(lib: Library, handle: c_void_p) -> None:
-    # HCCL has no abort of its own.
+def _destroy(lib: Library, handle: c_void_p) -> None:
     lib.call("HcclCommDestroy", handle)
 
 
@@ -429,8 +429,9 @@ def _machine(name: str, get: Callable[[], Library]) -> Machine:
         make_id=_make_id,
         connect=_connect,
         poll=_poll,
-        finish=_finish,
-        abort=_abort,
+        finalize=_finalize,
+        destroy=_destroy,
+        abort=_destroy,
         moves=MOVES,
         reductions=REDUCTIONS,
         all_reduce=_all_reduce,
@@ -447,6 +448,7 @@ def _machine(name: str, get: Callable[[], Library]) -> Machine:
         recv=_recv,
         barrier=_barrier,
         uneven={"all_gather": "HcclAllGatherV", "reduce_scatter": "HcclReduceScatterV"},
+        uneven_refuses=(torch.int64,),  # on Atlas A2
         all_gather_uneven=_all_gather_uneven,
         reduce_scatter_uneven=_reduce_scatter_uneven,
     )

@@ -179,7 +179,7 @@ def _reduce_scatter(
         packed, sends = pack(x, sizes, dim)
         shape = (*x.shape[:dim], sizes[rank], *x.shape[dim + 1 :])
         native = _native(m, x.dtype, op) if op != "prod" and m.has_uneven(name) else None  # HCCL's refuses prod
-        if native is not None and packed.numel():
+        if native is not None and native[0] not in m.uneven_refuses and packed.numel():
             wire, wire_op = native
             y = x.new_empty(shape)
             sent, received = _as(wire, packed), _as(wire, y)

@@ -61,8 +61,10 @@ class Machine:
     # connect(library, handle, size, id, rank) fills handle; poll(library, handle) is the asynchronous status.
     connect: Callable[[Library, ctypes.c_void_p, int, bytes, int], None]
     poll: Callable[[Library, ctypes.c_void_p], int]
-    # finish(library, handle, settle) ends it in agreement with the peers, abort(library, handle) without.
-    finish: Callable[[Library, ctypes.c_void_p, Callable[[], None]], None]
+    # finalize(library, handle, settle) agrees with the peers that all is done, before destroy(library, handle);
+    # abort(library, handle) ends it without them.
+    finalize: Callable[[Library, ctypes.c_void_p, Callable[[], None]], None]
+    destroy: Callable[[Library, ctypes.c_void_p], None]
     abort: Callable[[Library, ctypes.c_void_p], None]
     # dtype -> the dtype it moves as; what is not here moves as bytes.
     moves: Mapping[torch.dtype, torch.dtype]
@@ -88,6 +90,7 @@ class Machine:
     # By collective, the symbols of the two natives that not every library has; without them blocks of different lengths
     # are composed. all_gather_uneven(comm, x, y, counts), reduce_scatter_uneven(comm, x, counts, y, op).
     uneven: Mapping[str, str] = field(default_factory=dict)
+    uneven_refuses: tuple[torch.dtype, ...] = ()  # what reduce_scatter reduces, and reduce_scatter_uneven does not
     all_gather_uneven: Callable[[Comm, Tensor, Tensor, list[int]], None] = _lacking
     reduce_scatter_uneven: Callable[[Comm, Tensor, list[int], Tensor, str], None] = _lacking
 
@@ -111,7 +114,14 @@ class Channel:
     ended: bool = False
     worker: Worker | None = None
     polling: threading.Lock = field(default_factory=threading.Lock)
+    taking: threading.Lock = field(default_factory=threading.Lock)
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def take(self, handle: ctypes.c_void_p) -> ctypes.c_void_p | None:
+        """What the library has put into handle, for the one caller who is to end it; None for all others."""
+        with self.taking:
+            taken, handle.value = ctypes.c_void_p(handle.value), None
+        return taken if taken.value else None
 
 
 @dataclass
@@ -150,6 +160,8 @@ class Team:
         with channel.polling:
             if channel.ended:
                 raise FcommError("the communicator was aborted")
+            if not channel.handle.value:
+                return 0  # it has ended since the caller looked
             return self.machine.poll(library, channel.handle)
 
     def where(self, op: str) -> str:

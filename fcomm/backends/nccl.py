@@ -270,14 +270,17 @@ def _connect(lib: Library, handle: c_void_p, size: int, uid: bytes, rank: int) -
 
 def _poll(lib: Library, handle: c_void_p) -> int:
     code = c_int()
-    lib.call("ncclCommGetAsyncError", handle, ctypes.byref(code))
-    return code.value
+    pending: int = lib.call("ncclCommGetAsyncError", handle, ctypes.byref(code))
+    return pending or code.value
 
 
-def _finish(lib: Library, handle: c_void_p, settle: Callable[[], None]) -> None:
+def _finalize(lib: Library, handle: c_void_p, settle: Callable[[], None]) -> None:
     if "ncclCommFinalize" in lib:
         lib.call("ncclCommFinalize", handle)
         settle()
+
+
+def _destroy(lib: Library, handle: c_void_p) -> None:
     lib.call("ncclCommDestroy", handle)
 
 
@@ -387,7 +390,8 @@ def _machine(name: str, get: Callable[[], Library]) -> Machine:
         make_id=_make_id,
         connect=_connect,
         poll=_poll,
-        finish=_finish,
+        finalize=_finalize,
+        destroy=_destroy,
         abort=_abort,
         moves=MOVES,
         reductions=REDUCTIONS,

@@ -433,6 +433,13 @@ inline bool suffer(Comm *c, Fault fault) {
   return c && c->abort;
 }
 
+// A communicator that is slow to open is not there for an abort in the meantime.
+inline void hand_out_late(Fault &fault) {
+  if (fault.action != kDelay) return;
+  sleep_ms(fault.value);
+  fault.action = kNone;
+}
+
 // --- arithmetic -----------------------------------------------------------------------------------------------------
 
 inline float from_bf16(uint16_t v) {

@@ -191,6 +191,7 @@ static int open_comm(void **comm, int nranks, const UniqueId &uid, int rank, con
     if (config->blocking != INT_MIN) blocking = config->blocking;
     if (blocking != 0 && blocking != 1) return refuse(kInvalidArgument, "config.blocking is neither 0 nor 1");
   }
+  hand_out_late(fault);
   auto *c = new Comm(rank, nranks);
   c->blocking = blocking;
   add(c);
