@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -40,13 +41,26 @@ from fcomm.rendezvous import live
 
 RECORDS: dict[str, Record] = {}
 _OPS: dict[str, Any] = {}
+# Places of the parameters that are lists of sizes: shapes depend on the rank's own entry.
+_SIZED: dict[str, tuple[int, ...]] = {}
 
 _LIB = torch.library.Library("fcomm", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
-# While an axis is bound by simulate: its index tensor, arange(size) batched at the axis's vmap level. Every op takes it
-# as an argument: it tells that level from all others, and makes the level see calls whose x is the same on all ranks.
-_INDEX: dict[str, Tensor] = {}
+
+class _Bound(threading.local):
+    """While an axis is bound by simulate: its index tensor, arange(size) batched at the axis's vmap level.
+
+    Every op takes it as an argument: it tells that level from all others, and makes the level see calls whose x is the
+    same on all ranks. Each thread has levels of its own.
+    """
+
+    def __init__(self) -> None:
+        self.index: dict[str, Tensor] = {}
+
+
+_BOUND = _Bound()
+_BOUND_LAST: dict[str, Tensor] = {}  # by any thread
 
 
 def define(
@@ -70,7 +84,8 @@ def define(
     """Register a collective under fcomm::<name>, to be called with apply(name, x, group, backend, *params).
 
     schema: static parameters in torch's schema language, "int dim, bool tiled"; rules get them by keyword. Types are
-        int, SymInt, float, bool, str, with [] for a list and ? for None; no defaults.
+        int, SymInt, float, bool, str, with [] for a list and ? for None; no defaults. A list with an entry for each
+        rank, on which a rank's shapes depend, is SymInt[].
     spec: the meaning. spec(xs, **params) -> ys over the lists of all ranks' tensors, in differentiable torch; with
         several tensors spec(list, list, ..., **params). It is the simulator and the oracle of every gradient test.
     shape: shape(x_shape, group, **params) -> shape of the result on this rank; must accept symbolic sizes. With several
@@ -114,6 +129,7 @@ def define(
     # Otherwise the compiler drops an unused result, and if only one rank leaves it unused, the others wait for ever.
     torch.fx.node.has_side_effect(op)
     RECORDS[name] = record
+    _SIZED[name] = tuple(i for i, (kind, _) in enumerate(record.declared) if kind.startswith("SymInt[]"))
     return record
 
 
@@ -132,8 +148,8 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
     key = group.key
     of_size, of_rank = GRAPH_KEYS.get(key, (key, key))
     # A list of sizes has an entry for each rank.
-    graph_key = of_rank if any(isinstance(p, list | tuple) for p in params) else of_size
-    return _OPS[name](*tensors, _INDEX.get(key), *params, graph_key, backend.name)  # type: ignore[no-any-return]
+    graph_key = of_rank if any(params[i] is not None for i in _SIZED[name]) else of_size
+    return _OPS[name](*tensors, _index(key), *params, graph_key, backend.name)  # type: ignore[no-any-return]
 
 
 def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Backend) -> None:
@@ -201,7 +217,7 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
     if lowering is not None:
         if len(tensors) == 1:  # unrolled: a generator or a call more would show in what a small collective costs
             (x,) = tensors
-            if not x.is_contiguous() or x.is_conj() or x.is_neg():
+            if not x.is_contiguous() or x.is_conj() or x.is_neg() or x._is_zerotensor():
                 x = _ready(x)
             return lowering(x, group, **named)
         return lowering(*map(_ready, tensors), group, **named)
@@ -215,6 +231,8 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
 
 
 def _ready(x: Tensor) -> Tensor:
+    if x._is_zerotensor():  # zeros without storage, which torch's derivatives hand out: a machine would read address 0
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
     return x.resolve_conj().resolve_neg().contiguous()
 
 
@@ -248,7 +266,7 @@ def _lowering_kernel(record: Record) -> Rule:
             group, call = found.get(rest, _NOTHING)
         if call is None:
             return first_call(x, *rest)
-        if not x.is_contiguous() or x.is_conj() or x.is_neg():
+        if not x.is_contiguous() or x.is_conj() or x.is_neg() or x._is_zerotensor():
             x = _ready(x)
         return call(x, group)  # type: ignore[no-any-return]
 
@@ -455,6 +473,11 @@ def _node(record: Record, op: Any) -> Any:
     count, inputs = len(record.tensors), len(record.inputs)
 
     class Node(torch.autograd.function._SingleLevelFunction):
+        # Private: what compiled autograd tells nodes apart by; torch.autograd.Function has it, its base has not.
+        @staticmethod
+        def _compiled_autograd_key(ctx: Any) -> tuple[Any, ...]:
+            return (ctx._autograd_function_id,)
+
         @staticmethod
         def forward(ctx: Any, how: tuple[Any, bool], *args: Any) -> Tensor:
             keyset, forward_mode = how
@@ -562,21 +585,34 @@ def _batching_kernel(record: Record, op: Any) -> Rule:
 @contextmanager
 def bound(key: str, index: Tensor | None) -> Iterator[None]:
     """Collectives called in the block on the axis of that key see its index tensor."""
-    previous = _INDEX.get(key)
+    here, last = _BOUND.index.get(key), _BOUND_LAST.get(key)
     if index is not None:
-        _INDEX[key] = index
+        _BOUND.index[key] = _BOUND_LAST[key] = index
     try:
         yield
     finally:
-        if previous is None:
-            _INDEX.pop(key, None)
-        else:
-            _INDEX[key] = previous
+        _restore(_BOUND.index, key, here)
+        _restore(_BOUND_LAST, key, last)
+
+
+def _restore(table: dict[str, Tensor], key: str, index: Tensor | None) -> None:
+    if index is None:
+        table.pop(key, None)
+    else:
+        table[key] = index
+
+
+def _index(key: str) -> Tensor | None:
+    index = _BOUND.index.get(key)
+    if index is None and _BOUND_LAST and not torch.compiler.is_compiling() and _C._current_autograd_node() is not None:
+        # Autograd's thread for a device: it runs a checkpoint again with the levels of the thread that bound the axis.
+        index = _BOUND_LAST.get(key)
+    return index
 
 
 def is_bound(key: str) -> bool:
     """Whether an axis of that key is bound by an enclosing simulate."""
-    return key in _INDEX
+    return key in _BOUND.index
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ Most graphs here are traced on rank 1 of a group of 3 that has no processes: tra
 from __future__ import annotations
 
 import io
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ import fcomm
 from fcomm.group import Group, register_group
 from fcomm.testing import Case, run_ranks
 
+RANKS = fcomm.axis("ranks", 3)
 THREE = register_group(Group("nobody", (0, 1, 2), 1))
 
 
@@ -134,6 +138,58 @@ def test_an_exported_graph_names_the_axis_and_no_process() -> None:
 
     (node,) = (n for n in torch.export.export(Sum(), (torch.ones(2),)).graph.nodes if "fcomm" in str(n.target))
     assert node.args[1:] == (None, "sum", "nobody (3 ranks)", "c10d")
+
+
+class Shift(torch.nn.Module):
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fcomm.ppermute(x, self.group, fcomm.cpu, perm=[(0, 1), (1, 0)])
+
+
+def export_on_rank_0(world: Group, path: str) -> None:
+    program = torch.export.export(Shift(world), (torch.ones(4),))
+    if world.rank == 0:
+        torch.export.save(program, path)
+
+
+def run_exported(world: Group, path: str) -> float:
+    return float(torch.export.load(path).module()(torch.full((4,), float(world.rank or 0)))[0])
+
+
+def test_a_permutation_exported_on_one_rank_runs_on_all(tmp_path: Path) -> None:
+    path = str(tmp_path / "shift.pt2")
+    run_ranks(export_on_rank_0, 2, path)
+    assert run_ranks(run_exported, 2, path) == [1.0, 0.0]
+
+
+def test_compiled_autograd_takes_a_graph_made_eagerly() -> None:
+    x = torch.rand(3, 2, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        largest = fcomm.simulate(lambda x: fcomm.all_reduce(x.sin(), RANKS, fcomm.sim, op="max"), RANKS)
+        return largest(x).sum()
+
+    (wanted,) = torch.autograd.grad(loss(x), x)
+    value = loss(x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        value.backward()
+    torch.testing.assert_close(x.grad, wanted)
+
+
+def test_threads_simulate_the_same_axis_at_once() -> None:
+    meet = threading.Barrier(3)
+
+    def fn(x: Tensor) -> Tensor:
+        meet.wait(timeout=20)
+        return fcomm.all_reduce(x, RANKS, fcomm.sim)
+
+    with ThreadPoolExecutor(3) as pool:
+        g = fcomm.simulate(fn, RANKS)
+        results = list(pool.map(lambda k: g(torch.full((3, 2), float(k))), range(3)))
+    assert [y.unique().tolist() for y in results] == [[0.0], [3.0], [6.0]]
 
 
 # --- any shape ----------------------------------------------------------------------------------------------------
