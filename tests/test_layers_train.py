@@ -199,6 +199,23 @@ def test_training_of_experts(name: str) -> None:
     assert_same_course(got, dense_moe_course())
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_half_tokens_and_a_float32_router(name: str) -> None:
+    ep = fcomm.axis("ep", 2)
+    p = {k: v.float() for k, v in MOE.items()}
+    x = POINTS[0][0].bfloat16()
+
+    def run(x: Tensor) -> Tensor:
+        weight, expert = layers.route(x.float(), p["router"], ep, fcomm.sim, k=2)
+        up, down = (fcomm.shard(p[k].bfloat16(), ep, fcomm.sim) for k in ("up", "down"))
+        return LAYERS[name](x, weight, expert, up, down, ep, fcomm.sim)
+
+    y = fcomm.simulate(run, ep)(x.expand(2, *x.shape))[0]
+    assert y.dtype == torch.float32
+    dense_y = dense.moe(x.float(), p["router"], p["up"].bfloat16().float(), p["down"].bfloat16().float())
+    torch.testing.assert_close(y, dense_y, rtol=0.05, atol=0.05)
+
+
 def _moe_on_rank(world: fcomm.Group, backend: str) -> tuple[Tensor]:
     return (moe_course(world, getattr(fcomm, backend), LAYERS["ragged"]),)
 
@@ -261,6 +278,39 @@ def dense_pipeline_course(stages: int) -> Tensor:
 def test_training_of_a_pipeline(stages: int) -> None:
     pp = fcomm.axis("pp", stages)
     assert_same_course(fcomm.simulate(lambda: gpipe_course(pp, fcomm.sim), pp)(), dense_pipeline_course(stages))
+
+
+def test_ticks_without_a_micro_batch_leave_no_nan() -> None:
+    """A stage that has an infinite derivative at zero: nothing of it reaches the gradient."""
+    pp = fcomm.axis("pp", 3)
+    gen = torch.Generator().manual_seed(0)
+    weights, x = torch.randn(3, 4, 4, generator=gen).double(), torch.randn(MICRO, 2, 4, generator=gen).double()
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        return x / x.square().sum(-1, keepdim=True).sqrt() @ weight
+
+    def dense(weights: Tensor) -> Tensor:
+        y = x
+        for weight in weights:
+            y = normed(y, weight)
+        return y.sin().sum()
+
+    def piped(weight: Tensor) -> Tensor:
+        y = layers.gpipe(lambda x: normed(x, weight), x, pp, fcomm.sim)
+        return layers.from_last(y.sin().sum(), pp, fcomm.sim)
+
+    got = fcomm.simulate(grad(piped), pp)(weights)
+    torch.testing.assert_close(got, grad(dense)(weights))
+
+
+def _many_half_losses(world: fcomm.Group) -> None:
+    micro = torch.ones(300, 1, dtype=torch.bfloat16)
+    total, _ = layers.one_f_one_b(lambda p, x: x, lambda y, m: y.sum().float() * 1.25, {}, micro, world, fcomm.cpu)
+    assert (total.item(), total.dtype) == (375.0, torch.float32)
+
+
+def test_the_losses_of_half_types_add_up_in_float32() -> None:
+    run_ranks(_many_half_losses, 2)
 
 
 def _schedules_on_rank(world: fcomm.Group, backend: str) -> list[str]:

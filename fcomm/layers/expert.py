@@ -189,7 +189,7 @@ def _copies(x: Tensor, expert: Tensor, order: Tensor | None = None) -> Tensor:
 def _combined(rows: Tensor, weight: Tensor, order: Tensor, x: Tensor) -> Tensor:
     """The weighted sum of each token's rows, which lie in the order given."""
     rows = rows * weight.reshape(-1).index_select(0, order).unsqueeze(1)
-    return torch.zeros_like(x).index_add(0, order // weight.shape[1], rows)
+    return torch.zeros_like(x, dtype=rows.dtype).index_add(0, order // weight.shape[1], rows)
 
 
 def _one_hot(index: Tensor, length: int) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from fcomm.collectives import all_reduce_invariant, axis_index, ppermute, recv, send
+from fcomm.collectives import all_reduce_invariant, axis_index, broadcast, ppermute, recv, send
 from fcomm.errors import FcommError
 from fcomm.group import Backend, Group
 
@@ -40,16 +40,18 @@ def gpipe(stage: Callable[[Tensor], Tensor], micro: Tensor, group: Group, backen
         rank 0  micro [M ..]      zeros [M ..]
         rank 1  ignored       ->  stage 1(stage 0(micro)) [M ..]
 
-    stage: this rank's stage, [..] -> [..] of one shape; in the ticks without a micro-batch for it, it runs on what
-    there is, zeros at first, and nobody reads the result. torch.utils.checkpoint around stage keeps its inputs only.
-    Traffic: M+n-2 ppermutes of a micro-batch forward, as many backward.
+    stage: this rank's stage, [..] -> [..] of one shape; in the ticks without a micro-batch for it, it runs on the first
+    one, and nobody reads the result. torch.utils.checkpoint around stage keeps its inputs only.
+    Traffic: a broadcast and M+n-2 ppermutes of a micro-batch forward, as many ppermutes backward.
     """
     n, count = group.size, micro.shape[0]
     rank = axis_index(group, backend).to(micro.device)
-    arrived, results = torch.zeros_like(micro[0]), []
+    # Not zeros: many a stage has an infinite derivative there, and that times a cotangent of zero is NaN.
+    idle = broadcast(micro[0].detach(), group, backend)
+    arrived, results = idle, []
     for tick in range(count + n - 1):
-        fresh = micro[tick] if tick < count else torch.zeros_like(micro[0])
-        y = stage(torch.where(rank == 0, fresh, arrived))
+        fresh = torch.where(rank == 0, micro[min(tick, count - 1)], arrived)
+        y = stage(torch.where((rank <= tick) & (tick < rank + count), fresh, idle))
         if tick >= n - 1:
             results.append(y)
         if tick < count + n - 2:
@@ -81,6 +83,8 @@ def one_f_one_b(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the micro-batches' losses, on all ranks, and its gradient by this rank's params.
 
+    The sum is float32, or float64 where micro is.
+
     stage(params, x): this rank's stage, [..] -> [..] of one shape. loss(y, m): of the last stage's result for
     micro-batch m; called on the last rank only. micro: [M ..], the first rank's are used, all have one shape.
     in_flight: micro-batches whose backward is outstanding; left out, n - rank, which is 1F1B; M is GPipe's order.
@@ -90,7 +94,7 @@ def one_f_one_b(
     if group.simulated or group.rank is None:
         raise FcommError(f"one_f_one_b: '{group.name}' is not a group of processes that this one belongs to; use gpipe")
     rank, last = group.rank, group.rank == group.size - 1
-    total = micro.new_zeros(())
+    total = micro.new_zeros((), dtype=torch.promote_types(micro.dtype, torch.float32))
     gradient = {name: torch.zeros_like(p) for name, p in params.items()}
     pending: deque[tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]]] = deque()
 
