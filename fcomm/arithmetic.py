@@ -16,6 +16,7 @@ from fcomm.errors import ArgumentError
 OPS = ("sum", "mean", "max", "min", "prod", "band", "bor", "bxor")
 LINEAR_OPS = ("sum", "mean")
 BIT_OPS = ("band", "bor", "bxor")
+FOLDED_OPS = ("sum", "mean", "max", "min", "prod")
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32} | dict.fromkeys(FLOAT8, torch.float32)

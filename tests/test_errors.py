@@ -300,6 +300,28 @@ BAD: list[tuple[Call, type[Exception], str]] = [
         "all_reduce_coalesced: x is int, not a tensor; pass torch.as_tensor(x)",
     ),
     (
+        lambda g, b: fcomm.all_gather_coalesced(3, g, b),
+        TypeError,
+        "all_gather_coalesced: xs is int; pass a list of tensors",
+    ),
+    (
+        lambda g, b: fcomm.all_reduce_coalesced([], g, b, op="foo"),
+        ArgumentError,
+        "all_reduce_coalesced: op is 'foo'; choose one of sum, mean, max, min, prod, band, bor, bxor",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter_coalesced([], g, b, op="band"),
+        ArgumentError,
+        "reduce_scatter_coalesced: op is 'band'; choose one of sum, mean, max, min, prod",
+    ),
+    (
+        # Before the first dtype is sent.
+        lambda g, b: fcomm.all_reduce_coalesced([INTS, X], g, b, op="bor"),
+        TypeError,
+        "all_reduce_coalesced: op 'bor' is defined on integers and bool, on every backend, but x is torch.float32; "
+        "choose another op",
+    ),
+    (
         lambda g, b: fcomm.all_reduce(X.to_sparse(), g, b),
         TypeError,
         "all_reduce: x has layout torch.sparse_coo; collectives take strided tensors, pass x.to_dense()",
@@ -689,3 +711,23 @@ def test_a_simulated_axis_is_a_value_and_travels() -> None:
 
     axis = fcomm.axis("i", 3)
     assert copy.deepcopy(axis) == pickle.loads(pickle.dumps(axis)) == axis
+
+
+def test_coalesced_collectives_take_any_iterable() -> None:
+    group = fcomm.axis("any", 2)
+
+    def program(x: Tensor) -> list[Tensor]:
+        return [
+            *fcomm.all_reduce_coalesced((y for y in (x, x * 2)), group, fcomm.sim),
+            *fcomm.all_gather_coalesced({"a": x}.values(), group, fcomm.sim),
+            *fcomm.reduce_scatter_coalesced(iter([x, x + 1]), group, fcomm.sim),
+        ]
+
+    ys = fcomm.simulate(program, group)(torch.arange(8.0).view(2, 4))
+    assert [y[1].tolist() for y in ys] == [
+        [4, 6, 8, 10],
+        [8, 12, 16, 20],
+        [0, 1, 2, 3, 4, 5, 6, 7],
+        [8, 10],
+        [10, 12],
+    ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fcomm.arithmetic import LINEAR_OPS, fold
+from fcomm.arithmetic import FOLDED_OPS, LINEAR_OPS, fold
 from fcomm.collectives import checks
 from fcomm.collectives.exchange import all_to_all, pad_end
 from fcomm.errors import ArgumentError
@@ -101,7 +101,7 @@ def reduce_scatter(
     Traffic: (n-1)/n of x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if n does not divide x.shape[dim], or sizes does not fit; TypeError if op does not fit x's dtype.
     """
-    checks.op_of("reduce_scatter", op, x, ("sum", "mean", "max", "min", "prod"))
+    checks.op_of("reduce_scatter", op, x, FOLDED_OPS)
     dim = checks.canonical_dim("reduce_scatter", "dim", dim, x, group)
     lengths = None
     if sizes is not None:

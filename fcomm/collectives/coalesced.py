@@ -6,11 +6,12 @@ rules of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from fcomm.arithmetic import FOLDED_OPS, OPS, check_op
 from fcomm.collectives import checks
 from fcomm.collectives.blocks import all_gather, reduce_scatter
 from fcomm.collectives.reductions import all_reduce
@@ -18,9 +19,10 @@ from fcomm.group import Backend, Group
 from fcomm.registration import check_call
 
 
-def all_reduce_coalesced(xs: Sequence[Tensor], group: Group, backend: Backend, *, op: str = "sum") -> list[Tensor]:
-    """all_reduce of every tensor of a list, one message per dtype. Shapes, dtypes, op, vjp and errors as all_reduce."""
-    _check_list("all_reduce_coalesced", xs, group, backend)
+def all_reduce_coalesced(xs: Iterable[Tensor], group: Group, backend: Backend, *, op: str = "sum") -> list[Tensor]:
+    """all_reduce of every tensor of xs, one message per dtype. Shapes, dtypes, op, vjp and errors as all_reduce."""
+    xs = _list("all_reduce_coalesced", xs, group, backend)
+    _check_op("all_reduce_coalesced", op, xs, OPS)
 
     def communicate(flat: Tensor) -> Tensor:
         return all_reduce(flat, group, backend, op=op)
@@ -28,9 +30,9 @@ def all_reduce_coalesced(xs: Sequence[Tensor], group: Group, backend: Backend, *
     return _by_dtype(xs, [x.reshape(-1) for x in xs], communicate, [x.shape for x in xs])
 
 
-def all_gather_coalesced(xs: Sequence[Tensor], group: Group, backend: Backend, *, dim: int = 0) -> list[Tensor]:
-    """all_gather along dim of every tensor of a list, one message per dtype. Shapes, vjp and errors as all_gather."""
-    _check_list("all_gather_coalesced", xs, group, backend)
+def all_gather_coalesced(xs: Iterable[Tensor], group: Group, backend: Backend, *, dim: int = 0) -> list[Tensor]:
+    """all_gather along dim of every tensor of xs, one message per dtype. Shapes, vjp and errors as all_gather."""
+    xs = _list("all_gather_coalesced", xs, group, backend)
     dims = [checks.canonical_dim("all_gather_coalesced", "dim", dim, x, group) for x in xs]
 
     def communicate(flat: Tensor) -> Tensor:
@@ -41,10 +43,11 @@ def all_gather_coalesced(xs: Sequence[Tensor], group: Group, backend: Backend, *
 
 
 def reduce_scatter_coalesced(
-    xs: Sequence[Tensor], group: Group, backend: Backend, *, dim: int = 0, op: str = "sum"
+    xs: Iterable[Tensor], group: Group, backend: Backend, *, dim: int = 0, op: str = "sum"
 ) -> list[Tensor]:
-    """reduce_scatter along dim of every tensor of a list, one message per dtype. Shapes, op, vjp, errors as there."""
-    _check_list("reduce_scatter_coalesced", xs, group, backend)
+    """reduce_scatter along dim of every tensor of xs, one message per dtype. Shapes, op, vjp, errors as there."""
+    xs = _list("reduce_scatter_coalesced", xs, group, backend)
+    _check_op("reduce_scatter_coalesced", op, xs, FOLDED_OPS)
     dims = [checks.canonical_dim("reduce_scatter_coalesced", "dim", dim, x, group) for x in xs]
     blocks = []
     for x, d in zip(xs, dims, strict=True):
@@ -57,10 +60,21 @@ def reduce_scatter_coalesced(
     return _by_dtype(xs, [b.flatten(1) for b in blocks], communicate, [b.shape[1:] for b in blocks])
 
 
-def _check_list(name: str, xs: Sequence[Tensor], group: Group, backend: Backend) -> None:
+def _list(name: str, xs: Iterable[Tensor], group: Group, backend: Backend) -> list[Tensor]:
+    """xs, which may be a generator, as a list of tensors that can take part."""
     if isinstance(xs, Tensor):
         raise TypeError(f"{name}: xs is one tensor; pass a list of tensors, or call the collective without _coalesced")
-    check_call(name, xs, group, backend)
+    if not isinstance(xs, Iterable):
+        raise TypeError(f"{name}: xs is {type(xs).__name__}; pass a list of tensors")
+    result = list(xs)
+    check_call(name, result, group, backend)
+    return result
+
+
+def _check_op(name: str, op: str, xs: Sequence[Tensor], allowed: Sequence[str]) -> None:
+    # Of all dtypes before the first is sent. An empty list has none: every op is known to integers.
+    for dtype in dict.fromkeys(x.dtype for x in xs) or (torch.int64,):
+        check_op(name, op, dtype, allowed)
 
 
 def _by_dtype(
