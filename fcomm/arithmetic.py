@@ -11,6 +11,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from fcomm.dtypes import REDUCED
 from fcomm.errors import ArgumentError
 
 OPS = ("sum", "mean", "max", "min", "prod", "band", "bor", "bxor")
@@ -18,6 +19,7 @@ LINEAR_OPS = ("sum", "mean")
 BIT_OPS = ("band", "bor", "bxor")
 FOLDED_OPS = ("sum", "mean", "max", "min", "prod")
 
+_REDUCED = frozenset(REDUCED)  # every reduction looks here
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32} | dict.fromkeys(FLOAT8, torch.float32)
 # torch has almost no kernels for these; addition, multiplication and bits are the same on the signed type of the width.
@@ -39,7 +41,13 @@ def check_op(name: str, op: str, dtype: torch.dtype, allowed: Sequence[str] = OP
     """Raise if op is unknown (ArgumentError) or has no meaning for dtype (TypeError, naming both)."""
     if op not in allowed:
         raise ArgumentError(f"{name}: op is {op!r}; choose one of {', '.join(allowed)}")
-    if op in ("sum", "prod"):  # every dtype has them
+    if dtype not in _REDUCED:
+        to = torch.complex64 if dtype.is_complex else torch.float32 if dtype.is_floating_point else torch.uint8
+        raise TypeError(
+            f"{name}: op '{op}' has no meaning for {dtype} on any backend, it can be moved only; reduce a tensor of a "
+            f"dtype with arithmetic, such as {to}"
+        )
+    if op in ("sum", "prod"):  # all others have them
         return
     if op in BIT_OPS and (dtype.is_floating_point or dtype.is_complex):
         raise TypeError(

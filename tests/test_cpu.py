@@ -20,13 +20,14 @@ import fcomm
 from fcomm.arithmetic import OPS, fold
 from fcomm.backends import cpu as machine
 from fcomm.backends.pool import native
+from fcomm.dtypes import REDUCED
 from fcomm.group import BACKENDS
 from fcomm.rendezvous import live
 from fcomm.testing import TRANSFORMS, check_case, run_ranks
 
 pytestmark = pytest.mark.skipif(native is None, reason="the engine is not built; test_cpu_without.py covers that")
 
-DTYPES = machine._DTYPES
+DTYPES = REDUCED
 
 
 def differs(what: str, got: Tensor, expected: Tensor) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 import fcomm
 from fcomm import Group
 from fcomm.arithmetic import OPS, fold
+from fcomm.dtypes import CODES, REDUCED
 from fcomm.testing import run_ranks
 from fcomm.testing.strategies import DTYPES
 
@@ -133,6 +134,125 @@ def moved(world: Group) -> list[str]:
 def test_every_dtype_moves() -> None:
     run_ranks(moved, 2)
     run_ranks(moved, 3)
+
+
+# --- dtypes that only move ----------------------------------------------------------------------------------------
+
+ONLY_MOVED = [
+    d for d in CODES if d not in REDUCED and not str(d).startswith(("torch.int", "torch.uint", "torch.q"))
+]  # torch copies no tensor of int1 .. uint7, and those of quantized ones carry a scale
+RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SIX = [torch.arange(6, dtype=torch.int64) + 6 * r + 1 for r in range(3)]
+
+
+def raw(x: Tensor) -> Tensor:
+    return x.view(RAW[x.element_size()])
+
+
+def moves(x: Tensor, group: Group, on: fcomm.Backend) -> dict[str, Tensor]:
+    """Everything that moves x, [6], on two ranks."""
+    one = torch.ones(2, dtype=torch.int64)
+    places = 2 * one, one, 3 * one + fcomm.axis_index(group, on), one
+    return {
+        "all_gather": fcomm.all_gather(x, group, on),
+        "all_gather untiled": fcomm.all_gather(x, group, on, tiled=False, dim=1),
+        "all_gather uneven": fcomm.all_gather(x, group, on, sizes=[6, 6]),
+        "all_to_all": fcomm.all_to_all(x, group, on),
+        "all_to_all uneven": fcomm.all_to_all(x, group, on, send_sizes=[[2, 4], [4, 2]]),
+        "ppermute": fcomm.ppermute(x, group, on, perm=[(0, 1)]),
+        "broadcast": fcomm.broadcast(x, group, on, src=1),
+        "gather": fcomm.gather(x.view(2, 3), group, on, dst=1, dim=1),
+        "scatter": fcomm.scatter(x.view(2, 3).T, group, on, src=1, dim=1),
+        "recv": fcomm.recv(x, group, on, after=fcomm.send(x, group, on)),
+        "ragged_all_to_all": fcomm.ragged_all_to_all(x, x, *places, group, on),
+        "barrier": fcomm.barrier(group, on, after=x),
+        "pvary": fcomm.pvary(x, group, on),
+        "shard": fcomm.shard(x, group, on),
+        "all_gather_invariant": fcomm.all_gather_invariant(x, group, on),
+        "all_gather_coalesced": fcomm.all_gather_coalesced([x, x[:2]], group, on)[1],
+    }
+
+
+def only_moved(world: Group, name: str) -> list[str]:
+    failures, on, rank = [], getattr(fcomm, name), world.rank or 0
+    for dtype in ONLY_MOVED:
+        i = SIX[rank].to(RAW[dtype.itemsize])
+        results = moves(i.view(dtype), world, on)
+        for what, expected in moves(i, world, on).items():
+            y = results[what]
+            if y.dtype != dtype or not torch.equal(raw(y), expected):
+                failures.append(f"{what} of {dtype} on {name}: {raw(y)} is not {expected}")
+    if name == "cpu":
+        x = SIX[0].to(torch.uint8)
+        mine = x.view((torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)[rank])
+        with pytest.raises(fcomm.MismatchError, match=r"all_gather\(float8_e5m2fnuz\[6\].*"):
+            fcomm.all_gather(mine, world, on)
+    return failures
+
+
+@pytest.mark.parametrize("backend", ["cpu", "c10d"])
+def test_every_other_dtype_moves(backend: str) -> None:
+    assert {torch.float8_e8m0fnu, torch.complex32, torch.bits16} < set(ONLY_MOVED)
+    run_ranks(only_moved, 2, backend)
+
+
+def test_every_other_dtype_moves_on_a_simulated_axis() -> None:
+    axis = fcomm.axis("i", 2)
+    for dtype in set(ONLY_MOVED) - {torch.float4_e2m1fn_x2}:  # torch.cat has no kernel for every layout of it
+        xs = torch.stack(SIX[:2]).to(RAW[dtype.itemsize])
+        results, expected = (fcomm.simulate(lambda x: moves(x, axis, fcomm.sim), axis)(x) for x in (xs.view(dtype), xs))
+        for what, y in results.items():
+            assert y.dtype == dtype, what
+            assert torch.equal(raw(y), expected[what]), (what, dtype)
+
+
+REDUCTIONS: dict[str, Any] = {
+    "all_reduce": fcomm.all_reduce,
+    "all_reduce_invariant": fcomm.all_reduce_invariant,
+    "scan": fcomm.scan,
+    "reduce": fcomm.reduce,
+    "reduce_scatter": fcomm.reduce_scatter,
+    "all_reduce_coalesced": lambda x, g, b, **op: fcomm.all_reduce_coalesced([torch.ones(2), x], g, b, **op),
+    "reduce_scatter_coalesced": lambda x, g, b, **op: fcomm.reduce_scatter_coalesced([torch.ones(2), x], g, b, **op),
+}
+
+
+def refused(group: Group, on: fcomm.Backend, x: Tensor) -> None:
+    for name, call in REDUCTIONS.items():
+        ops = {"scan": ["sum"], "all_reduce_invariant": ["sum", "mean"]}.get(name, ["sum", "mean", "prod", "max"])
+        for op in ops:
+            with pytest.raises(TypeError, match=f"op '{op}' has no meaning for {x.dtype} on any backend") as raised:
+                call(x, group, on, op=op)
+            assert str(raised.value).startswith(f"{name}: ")
+
+
+def reduced_nowhere(world: Group) -> list[str]:
+    for dtype in ONLY_MOVED:
+        # Only one rank calls: it is refused before anything is sent.
+        for on in (fcomm.cpu, fcomm.c10d) if world.rank == 0 else ():
+            refused(world, on, torch.zeros(6, dtype=RAW[dtype.itemsize]).view(dtype))
+    for on in (fcomm.cpu, fcomm.c10d):
+        assert fcomm.all_reduce(torch.ones(2), world, on).tolist() == [2, 2]
+    x = torch.ones(6, dtype=torch.complex32, requires_grad=True)
+    y = fcomm.all_gather(x, world, fcomm.c10d)
+    with pytest.raises(TypeError, match=r"op 'sum' has no meaning for torch.complex32 .* such as torch.complex64"):
+        y.backward(torch.ones_like(y))
+    return []
+
+
+def test_no_other_dtype_is_reduced() -> None:
+    run_ranks(reduced_nowhere, 2)
+    axis = fcomm.axis("i", 2)
+    for dtype in ONLY_MOVED:
+        fcomm.simulate(lambda x: refused(axis, fcomm.sim, x) or x, axis)(
+            torch.zeros(2, 6, dtype=RAW[dtype.itemsize]).view(dtype)
+        )
+
+
+def test_codes_are_one_for_each_dtype_and_the_same_everywhere() -> None:
+    assert len(set(CODES.values())) == len(CODES)
+    assert all(0 <= code < 2**31 for code in CODES.values())
+    assert CODES[torch.float8_e8m0fnu] == 1335247145
 
 
 # --- layouts ------------------------------------------------------------------------------------------------------

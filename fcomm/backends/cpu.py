@@ -23,6 +23,8 @@ from fcomm.backends.pool import POOLED_NBYTES, native, pooled, why_no_native
 from fcomm.backends.shm_failure import INVALID, MISMATCH, SYSTEM, failure, poisoned
 from fcomm.backends.shm_opening import open_region, why_not_shared
 from fcomm.collectives.exchange import pairs
+from fcomm.dtypes import CODES
+from fcomm.dtypes import name as name_of
 from fcomm.errors import FcommError
 from fcomm.group import Backend, Group, Lowering, register_backend
 from fcomm.rendezvous import live
@@ -91,26 +93,17 @@ def _error(status: int, name: str, x: Tensor, c: _Communicator, options: Mapping
     if c.failed:
         return poisoned(name, c.group, c.failed)
     named = "".join(f", {k}={v!r}" for k, v in options.items() if v is not None)
-    asked = f"{name}({_name(x.dtype)}{list(x.shape)}{named})"
+    asked = f"{name}({name_of(CODES[x.dtype])}{list(x.shape)}{named})"
     error = failure(status, name, c.group, native, c.handle, asked)
     if status not in (INVALID, SYSTEM):
         c.failed = f"{type(error).__name__}: {error}"
     return error
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-# In the order of fcomm_dtype in csrc/fcomm.h; arithmetic.OPS is in that of fcomm_op.
-_DTYPES = (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
-    torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
-    torch.float8_e4m3fn, torch.float8_e5m2,
-)  # fmt: skip
-_CODES = {dtype: (code, dtype.itemsize) for code, dtype in enumerate(_DTYPES)}
-_FLOAT8 = _CODES[torch.float8_e4m3fn][0]  # and what follows it
-_OPS = {op: code for code, op in enumerate(OPS)}
+# dtype: (its number, which for what is reduced is the engine's, its bytes)
+_CODES = {dtype: (code, dtype.itemsize) for dtype, code in CODES.items()}
+_FLOAT8 = CODES[torch.float8_e4m3fn]  # and what follows it
+_OPS = {op: code for code, op in enumerate(OPS)}  # in the order of fcomm_op in csrc/fcomm.h
 
 
 # A lowering below takes x, the group, the engine's handle and the options, and returns the engine's status and its y.
@@ -345,7 +338,7 @@ def _recv(after: Tensor, like: Tensor, group: Group, *, src: int) -> Tensor:
     status, *sent = native.recv(y.data_ptr(), like.nbytes, signature, src, c.handle)
     if status:
         # Here alone the two sides are known at once.
-        words = {"sent": f"{_name(_DTYPES[sent[0]])}{list(sent[1])}"} if status == MISMATCH and sent[0] >= 0 else {}
+        words = {"sent": f"{name_of(sent[0])}{list(sent[1])}"} if status == MISMATCH and sent[0] >= 0 else {}
         raise _error(status, "recv", like, c, {"src": src, **words})
     return y
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fcomm.collectives import checks
+from fcomm.dtypes import REDUCED, carrier
 from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, define, holds
@@ -126,6 +127,8 @@ def _all_to_all_spec(
 
 def pad_end(x: Tensor, dim: int, length: int) -> Tensor:
     """x with zeros after its end at dim, up to length."""
+    if x.dtype not in REDUCED:  # nor filled
+        return pad_end(x.view(carrier(x.dtype)), dim, length).view(x.dtype)
     return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, length - x.shape[dim]))
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fcomm.arithmetic import FLOAT8, check_op, fold
 from fcomm.collectives.exchange import all_to_all
+from fcomm.dtypes import REDUCED, carrier
 from fcomm.errors import ArgumentError, FcommError
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, define
@@ -31,7 +33,7 @@ def ragged_all_to_all(
     operand is [rows, ..], output [rows', ..] with the same trailing shape and dtype. The four others are integer
     tensors of shape (n,), n = group.size: this rank sends operand[input_offsets[r] :][: send_sizes[r]] to rank r, which
     finds it in its result from row output_offsets[r] on, counted at the receiver; recv_sizes[r] rows come from rank r.
-    Other rows of the result are output's. Received slices must not overlap; sent slices may.
+    Other rows of the result are output's. Any dtype. Received slices must not overlap; sent slices may.
     vjp: operand: ragged_all_to_all backwards, summed where sent slices overlap; output: the cotangent, zero on received
     rows. Traffic: the rows sent.
     Raises FcommError if the shapes or dtypes do not fit, a slice leaves its tensor, or (MismatchError) send_sizes and
@@ -89,6 +91,11 @@ def _spec(
     rows: int,
     sent_rows: int,
 ) -> list[Tensor]:
+    dtype = xs[0].dtype
+    if dtype not in REDUCED:  # neither added nor indexed
+        raw = [x.view(carrier(dtype)) for x in xs]
+        ys = _spec(raw, input_offsets, send_sizes, output_offsets, recv_sizes, rows, sent_rows)
+        return [y.view(dtype) for y in ys]
     ys = []
     for r in range(len(xs)):
         y = xs[r].new_zeros((rows, *xs[r].shape[1:]))
@@ -98,7 +105,7 @@ def _spec(
             start, size = output_offsets[s][r], send_sizes[s][r]
             p = torch.arange(rows, device=x.device)
             hit = (p >= start) & (p < start + size)
-            y = y + x[torch.where(hit, p - start + input_offsets[s][r], x.shape[0] - 1)]
+            y = fold([y, x[torch.where(hit, p - start + input_offsets[s][r], x.shape[0] - 1)]], "sum")
         ys.append(y)
     return ys
 
@@ -114,8 +121,13 @@ def _vjp(
     rows: int,
     sent_rows: int,
 ) -> Tensor:
+    check_op("ragged_all_to_all", "sum", ct.dtype)  # rows sent twice get the sum of two cotangents
     back = all_to_all(output_offsets, group, backend), recv_sizes, all_to_all(input_offsets, group, backend), send_sizes
     return apply("ragged_all_to_all", (ct, *back), group, backend, sent_rows, rows)
+
+
+# torch does not add them; the others it adds in place.
+_FOLDED = (*FLOAT8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def _compose(
@@ -130,6 +142,9 @@ def _compose(
     sent_rows: int,
 ) -> Tensor:
     """On a machine whose library takes its sizes from the host: one host synchronisation, then an uneven all_to_all."""
+    if x.dtype not in REDUCED:
+        vectors = input_offsets, send_sizes, output_offsets, recv_sizes
+        return _compose(x.view(carrier(x.dtype)), *vectors, group, backend, rows, sent_rows).view(x.dtype)
     landing = all_to_all(output_offsets, group, backend)
     starts, sends, lands, recvs = torch.stack([input_offsets, send_sizes, landing, recv_sizes]).tolist()
     for what, offsets, lengths, limit in (("send", starts, sends, x.shape[0]), ("recv", lands, recvs, rows)):
@@ -142,7 +157,8 @@ def _compose(
     got = all_to_all(packed, group, backend, send_sizes=sends, recv_sizes=recvs)
     y = x.new_zeros((rows, *x.shape[1:]))
     for block, o in zip(got.split(recvs), lands, strict=True):
-        y[o : o + block.shape[0]] += block
+        part = y.narrow(0, o, block.shape[0])
+        part.copy_(fold([part, block], "sum")) if x.dtype in _FOLDED else part.add_(block)
     return y
 
 
