@@ -9,6 +9,7 @@ import torch
 from cases import CASES
 from matrix import COLLECTIVES, FIRST, SAMPLE, record
 from torch import Tensor
+from vendors import misread
 
 import fcomm
 from fcomm import Group
@@ -59,6 +60,16 @@ def over_edges(world: Group) -> list[str]:
 
 def test_messages_over_edges() -> None:
     run_ranks(over_edges, 3)
+
+
+def messages_misread(world: Group, directed: bool) -> list[str]:
+    processgroup._DIRECTED = ("cpu",) if directed else ()
+    return misread(world, fcomm.c10d)
+
+
+@pytest.mark.parametrize("directed", [False, True])
+def test_a_message_of_another_dtype_or_shape_is_refused(directed: bool) -> None:
+    run_ranks(messages_misread, 3, directed)
 
 
 def on_another_device(world: Group) -> list[str]:

@@ -229,8 +229,8 @@ def sizes_differ(world: Group) -> list[str]:
     else:
         got = outcome(lambda: fcomm.recv(torch.ones(4), world, fcomm.c10d, src=0))
         expected = (
-            "recv: the ranks of group 'world' disagree: rank 0 sends 5 elements of 4 bytes, like of rank 1 has 4 of 4; "
-            "pass a like of the message's shape and dtype"
+            "recv: the ranks of group 'world' disagree: rank 0 sends 5 elements of 4 bytes, like of rank 1 has 4 of 4: "
+            "float32[5] is sent, float32[4] expected; pass a like of the message's shape and dtype"
         )
         if got["text"] != expected:
             failures.append(got["text"])

@@ -204,9 +204,35 @@ def messages(world: fcomm.Group, double: str) -> list[str]:
     token = fcomm.send(torch.ones(3), world, on)
     with pytest.raises(fcomm.MismatchError, match=r"sends 3 elements of 4 bytes, like of rank \d has 2 of 8"):
         fcomm.recv(torch.zeros(2, dtype=torch.float64), world, on, after=token)
+    failures += misread(world, on)
     # The edge is still in step.
     y = fcomm.recv(torch.zeros(2), world, on, after=fcomm.send(torch.full((2,), float(rank)), world, on))
     return failures + ([] if y[0] == (rank - 1) % world.size else [f"after a mismatch: {y}"])
+
+
+def misread(world: fcomm.Group, on: fcomm.Backend) -> list[str]:
+    """Messages of as many bytes as expected, and another dtype or shape: refused, and the edge stays in step."""
+    x, source, rank = torch.arange(4.0), ((world.rank or 0) - 1) % world.size, world.rank
+    many = x.view(*[1] * 17, 2, 2)
+    pairs = (
+        (x, x.to(torch.int32), "float32[4] is sent, int32[4] expected"),
+        (x, x.view(2, 2), "float32[4] is sent, float32[2, 2] expected"),
+        (x[:0], x.view(2, 2)[:, :0], "float32[0] is sent, float32[2, 0] expected"),
+        (x.to(torch.float8_e5m2), x.to(torch.float8_e8m0fnu), "float8_e5m2[4] is sent, float8_e8m0fnu[4] expected"),
+        (many, many.view(*[1] * 17, 4, 1), f"float32[{'1, ' * 16}...] is sent, float32[{'1, ' * 16}...] expected"),
+    )
+    failures = []
+    for sent, like, text in pairs:
+        with pytest.raises(fcomm.MismatchError) as raised:
+            fcomm.recv(like, world, on, after=fcomm.send(sent, world, on).to(like.dtype))
+        count, width, n, w = sent.numel(), sent.element_size(), like.numel(), like.element_size()
+        whole = (
+            f"recv: the ranks of group 'world' disagree: rank {source} sends {count} elements of {width} bytes, "
+            f"like of rank {rank} has {n} of {w}: {text}; pass a like of the message's shape and dtype"
+        )
+        failures += [] if str(raised.value) == whole else [f"{raised.value}\n{whole}"]
+    got = fcomm.recv(many, world, on, after=fcomm.send(many, world, on))
+    return failures + ([] if torch.equal(got, many) else [f"of 19 dims: {got}"])
 
 
 def uneven_sizes_that_differ(world: fcomm.Group, double: str) -> list[str]:

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from fcomm.arithmetic import fold
 from fcomm.backends.processgroup import Communicator, call, calling, compare_calls, receive, send_later
-from fcomm.backends.rows import check_blocks, check_same, exchange_uneven, header, misfit, pad, stack_blocks, unstack
+from fcomm.backends.rows import (
+    check_blocks,
+    check_same,
+    exchange_uneven,
+    header,
+    misfit,
+    nbytes,
+    pad,
+    stack_blocks,
+    unstack,
+)
 from fcomm.collectives.exchange import pairs
 from fcomm.collectives.reductions import scan_spec
 from fcomm.group import Backend, register_backend
@@ -208,7 +218,8 @@ def _scatter(x: Tensor, on: Communicator, *, src: int, dim: int) -> Tensor:
 
 
 def _send(x: Tensor, on: Communicator, *, dst: int) -> Tensor:
-    # The receiver learns the size first: torch.distributed would abort or wait for ever where it differs.
+    # The receiver learns what comes first: torch.distributed would abort or wait for ever where its size differs, and
+    # take the bits of another dtype for its own.
     for tag, part in enumerate((header(x), _bytes(x.clone()))):
         if part.numel():
             send_later(on, part, dst, tag)
@@ -218,15 +229,15 @@ def _send(x: Tensor, on: Communicator, *, dst: int) -> Tensor:
 def _recv(after: Tensor, like: Tensor, on: Communicator, *, src: int) -> Tensor:
     head = header(like)
     receive(on, head, src, 0)
-    count, width = head.tolist()
+    said = head.tolist()
     y = torch.empty_like(like)
-    fits = [count, width] == [like.numel(), like.element_size()]
+    error = misfit(on.group, src, said, like)
     # What does not fit is taken off the edge, so that the next receive does not get it.
-    into = _bytes(y) if fits else torch.empty(count * width, dtype=torch.uint8, device=like.device)
+    into = torch.empty(nbytes(said), dtype=torch.uint8, device=like.device) if error else _bytes(y)
     if into.numel():
         receive(on, into, src, 1)
-    if not fits:
-        raise misfit(on.group, src, count, width, like)
+    if error:
+        raise error
     return y
 
 

@@ -20,11 +20,13 @@ from fcomm.backends.failure import raise_failure
 from fcomm.backends.later import send_later
 from fcomm.backends.machine import Comm, Machine, is_capturing, synchronize
 from fcomm.backends.rows import (
+    HEADER,
     check_blocks,
     check_same,
     exchange_uneven,
     header,
     misfit,
+    nbytes,
     pack,
     pad,
     stack_blocks,
@@ -275,8 +277,8 @@ def _scatter(m: Machine, x: Tensor, group: Group, *, src: int, dim: int) -> Tens
 
 
 def _send(m: Machine, x: Tensor, group: Group, *, dst: int) -> Tensor:
-    # A copy: the caller may write x again before it has left. The receiver learns the size first: NCCL would write
-    # past the end of a smaller tensor, or wait for ever for the rest of a larger one. Both go as bytes, so that a
+    # A copy: the caller may write x again before it has left. The receiver learns what comes first: NCCL would
+    # write past the end of a smaller tensor, or wait for ever for the rest of a larger one. Both go as bytes, so that a
     # receiver of another dtype can take them and say what is wrong.
     on, edge = team(m, group, x.device), (group.rank or 0, dst)
     for part in (header(x), x.clone()):
@@ -293,17 +295,17 @@ def _recv(m: Machine, after: Tensor, like: Tensor, group: Group, *, src: int) ->
     on, edge = team(m, group, like.device), (src, group.rank or 0)
     if is_capturing(like.device):
         raise FcommError(f"{on.where('recv')}: a graph cannot capture it, it reads the message's size; use ppermute")
-    head = torch.empty(2, dtype=torch.int64, device=like.device)
+    head = torch.empty(HEADER, dtype=torch.int64, device=like.device)
     issue(on, "recv", lambda c: m.recv(c, _as(torch.uint8, head), 0), edge)
-    count, width = head.tolist()
+    said = head.tolist()
     y = torch.empty_like(like)
-    fits = [count, width] == [like.numel(), like.element_size()]
+    error = misfit(group, src, said, like)
     # What does not fit is taken off the edge, or the sender would wait for it to be.
-    into = _as(torch.uint8, y) if fits else torch.empty(count * width, dtype=torch.uint8, device=like.device)
-    if count:
+    into = torch.empty(nbytes(said), dtype=torch.uint8, device=like.device) if error else _as(torch.uint8, y)
+    if into.numel():
         issue(on, "recv", lambda c: m.recv(c, into, 0), edge)
-    if not fits:
-        raise misfit(group, src, count, width, like)
+    if error:
+        raise error
     return y
 
 

@@ -8,6 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fcomm.dtypes import CODES
+from fcomm.dtypes import name as dtype_name
 from fcomm.errors import MismatchError
 from fcomm.group import Group
 
@@ -103,16 +105,41 @@ def check_blocks(name: str, group: Group, said: Sequence[Sequence[int]] | None, 
 # --- messages -----------------------------------------------------------------------------------------------------
 
 
+# count, width, dtype, ndim, a hash of the whole shape, and as much of it as an error shows; int64.
+_SHOWN = 16
+HEADER = 5 + _SHOWN
+
+
 def header(x: Tensor) -> Tensor:
-    """What goes ahead of a message: its elements and their width."""
-    return torch.tensor([x.numel(), x.element_size()], dtype=torch.int64, device=x.device)
+    """What goes ahead of a message, [HEADER]: what the message is, in numbers that are the same in all processes."""
+    return torch.tensor(_described(x), dtype=torch.int64, device=x.device)
 
 
-def misfit(group: Group, src: int, count: int, width: int, like: Tensor) -> MismatchError:
-    """The error of a message whose header, count elements of width bytes, is not like's."""
+def _described(x: Tensor) -> list[int]:
+    shape = tuple(x.shape)
+    shown = [*shape[:_SHOWN], *[0] * (_SHOWN - len(shape))]
+    # Of ints only: the hash of a string differs among processes.
+    return [x.numel(), x.element_size(), CODES[x.dtype], len(shape), hash(shape), *shown]
+
+
+def nbytes(said: Sequence[int]) -> int:
+    """The length of the message that the header announces."""
+    return said[0] * said[1]
+
+
+def misfit(group: Group, src: int, said: Sequence[int], like: Tensor) -> MismatchError | None:
+    """The error of a message whose header is not like's; None if it is."""
+    own = _described(like)
+    if list(said) == own:
+        return None
     return mismatch(
         "recv",
         group,
-        f"disagree: rank {src} sends {count} elements of {width} bytes, like of rank {group.rank} has {like.numel()} "
-        f"of {like.element_size()}; pass a like of the message's shape and dtype",
+        f"disagree: rank {src} sends {said[0]} elements of {said[1]} bytes, like of rank {group.rank} has {own[0]} "
+        f"of {own[1]}: {_named(said)} is sent, {_named(own)} expected; pass a like of the message's shape and dtype",
     )
+
+
+def _named(said: Sequence[int]) -> str:
+    dims = [*said[5 : 5 + said[3]], *["..."] * (said[3] > _SHOWN)]
+    return f"{dtype_name(said[2])}[{', '.join(map(str, dims))}]"

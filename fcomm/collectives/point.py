@@ -37,7 +37,8 @@ def recv(
     ranks send and then receive, pass it always.
     vjp: send to src; like gets zeros. For the cotangent to be sent, like or after must be part of what is
     differentiated (after=None makes a token that is, for backward()). Traffic: x's bytes.
-    Raises FcommError if src is not another rank of the group, MismatchError where the message has another size.
+    Raises FcommError if src is not another rank of the group, MismatchError where the message has another shape or
+    dtype.
     """
     checks.is_tensor("recv", "like", like)
     peer = _peer("recv", "src", src, -1, group)
