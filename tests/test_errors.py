@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -147,6 +148,23 @@ BAD: list[tuple[Call, type[Exception], str]] = [
         lambda g, b: fcomm.reduce_scatter(X, g, b, sizes=[1.0, 1.0]),
         ArgumentError,
         "reduce_scatter: sizes is [1.0, 1.0]; group 'world' of size 2 needs a list of 2 lengths >= 0, "
+        "one for each rank",
+    ),
+    (
+        lambda g, b: fcomm.all_gather(X, g, b, sizes=[None, 2]),
+        ArgumentError,
+        "all_gather: sizes is [None, 2]; group 'world' of size 2 needs a list of 2 lengths >= 0, one for each rank",
+    ),
+    (
+        lambda g, b: fcomm.reduce_scatter(X, g, b, sizes=[torch.tensor(True), 1]),
+        ArgumentError,
+        "reduce_scatter: sizes is [tensor(True), 1]; group 'world' of size 2 needs a list of 2 lengths >= 0, "
+        "one for each rank",
+    ),
+    (
+        lambda g, b: fcomm.all_to_all(X, g, b, send_sizes=np.array([1, 1]), recv_sizes=[1, 1], concat_dim=1),
+        ArgumentError,
+        "all_to_all: send_sizes is array([1, 1]); group 'world' of size 2 needs a list of 2 lengths >= 0, "
         "one for each rank",
     ),
     (
@@ -731,3 +749,23 @@ def test_coalesced_collectives_take_any_iterable() -> None:
         [8, 10],
         [10, 12],
     ]
+
+
+def sizes_of_other_integers(world: Group) -> list[str]:
+    failures, x = [], torch.arange(2.0) + 2 * (world.rank or 0)
+    for two in (np.int64(2), np.uint8(2), torch.tensor(2), torch.tensor([2], dtype=torch.int32)):
+        one = two // 2
+        for on in (fcomm.cpu, fcomm.c10d):
+            got = [
+                fcomm.all_gather(x, world, on, sizes=[two, two]).tolist(),
+                fcomm.reduce_scatter(x, world, on, sizes=(one, one)).tolist(),
+                fcomm.all_to_all(x, world, on, send_sizes=[[one, one]] * 2).tolist(),
+                fcomm.all_to_all(x, world, on, send_sizes=[one, one], recv_sizes=[one, one]).tolist(),
+            ]
+            want = [[0, 1, 2, 3], [2], [0, 2], [0, 2]] if world.rank == 0 else [[0, 1, 2, 3], [4], [1, 3], [1, 3]]
+            failures += [] if got == want else [f"{two!r} on {on.name}: {got} is not {want}"]
+    return failures
+
+
+def test_sizes_may_be_numpys_integers_and_tensors_of_one() -> None:
+    run_ranks(sizes_of_other_integers, 2)

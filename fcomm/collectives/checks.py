@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fcomm.arithmetic import OPS, check_op
@@ -63,18 +65,26 @@ def one_each(name: str, x: Tensor, dim: int, group: Group) -> None:
 
 def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) -> list[int]:
     """One block length for each rank."""
-    result = list(sizes) if isinstance(sizes, Sequence) and not isinstance(sizes, str) else None
-    # A symbolic size, under compile, is no int.
-    if (
-        result is None
-        or len(result) != group.size
-        or any(isinstance(s, bool | float | str) or not holds(s >= 0) for s in result)
-    ):
+    result: list[int] | None = None
+    if isinstance(sizes, Sequence) and not isinstance(sizes, str):
+        # A symbolic size, under compile, is no int, and an index of it would fix its value.
+        result = [s if isinstance(s, int | torch.SymInt) else _index(s) for s in sizes]
+    if result is None or len(result) != group.size or any(isinstance(s, bool) or not holds(s >= 0) for s in result):
         raise ArgumentError(
             f"{name}: {option} is {sizes!r}; group '{group.name}' of size {group.size} needs a list of "
             f"{group.size} lengths >= 0, one for each rank"
         )
     return result
+
+
+def _index(length: object) -> int:
+    """The int that a numpy integer or a tensor of one integer is; -1 for what is none."""
+    if isinstance(length, Tensor) and length.dtype == torch.bool:
+        return -1
+    try:
+        return operator.index(length)  # type: ignore[arg-type]  # it may be anything
+    except TypeError:
+        return -1
 
 
 def own_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: int, group: Group) -> None:

@@ -68,7 +68,7 @@ def _canonical_blocks(
 ) -> tuple[list[int], list[int]]:
     """send and recv as n lengths each; on a simulated axis with one dim as n*n, row by row, the sends of each rank."""
     n = group.size
-    if send_sizes and isinstance(send_sizes[0], Sequence):
+    if isinstance(send_sizes, Sequence) and send_sizes and isinstance(send_sizes[0], Sequence):
         rows = [checks.canonical_sizes("all_to_all", "a row of send_sizes", row, group) for row in send_sizes]  # type: ignore[arg-type]  # a matrix
         if len(rows) != n or recv_sizes is not None or split_dim != concat_dim:
             raise ArgumentError(
