@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial, wraps
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.autograd.forward_ad as fwd
@@ -168,6 +168,8 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
     for x in tensors:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: x is {type(x).__name__}, not a tensor; pass torch.as_tensor(x)")
+        if x.is_nested:
+            refuse_nested(name)
         if x.layout != torch.strided:
             raise TypeError(f"{name}: x has layout {x.layout}; collectives take strided tensors, pass x.to_dense()")
         if x.is_quantized:
@@ -180,6 +182,14 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
                 f"{name}: x is on device '{device}', but backend '{backend.name}' takes "
                 f"{' or '.join(backend.devices)}; move x or choose another backend for group '{group.name}'"
             )
+
+
+def refuse_nested(name: str) -> NoReturn:
+    """Raise: a nested tensor has no shape, which even the checks of a call ask for."""
+    raise TypeError(
+        f"{name}: x is a nested tensor, whose rows have lengths of their own; pass its rows, x.unbind(), to the "
+        "coalesced collectives, or torch.nested.to_padded_tensor(x, 0.0)"
+    )
 
 
 # --- the machine --------------------------------------------------------------------------------------------------

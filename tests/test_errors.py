@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,27 @@ from fcomm.testing import run_ranks
 X = torch.ones(2, 3)
 INTS = torch.ones(4, dtype=torch.int64)
 Call = Callable[[Group, Backend], Any]
+
+
+def nested() -> Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+NESTED: dict[str, Any] = {
+    **{name: getattr(fcomm, name) for name in (
+        "all_reduce", "all_reduce_invariant", "scan", "reduce", "broadcast", "pvary", "shard", "gather", "scatter",
+        "all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all", "send",
+        "all_reduce_coalesced", "all_gather_coalesced", "reduce_scatter_coalesced",
+    )},
+    "ppermute": lambda x, g, b: fcomm.ppermute(x, g, b, perm=[(0, 1)]),
+    "barrier": lambda x, g, b: fcomm.barrier(g, b, after=x),
+    "recv": lambda x, g, b: fcomm.recv(x, g, b, after=X),
+    "ragged_all_to_all": lambda x, g, b: fcomm.ragged_all_to_all(x, x, INTS, INTS, INTS, INTS, g, b),
+}  # fmt: skip
+NESTED |= {
+    name: lambda x, g, b, call=NESTED[name]: call([X, x], g, b) for name in NESTED if name.endswith("_coalesced")
+}
+
 
 # Texts name function, argument, value, group and remedy. The group is 'world' of size 2; on the simulated axis of that
 # name and size they are the same. "{group}" stands for the group's repr, "{backend}" for the backend's.
@@ -359,6 +381,15 @@ BAD: list[tuple[Call, type[Exception], str]] = [
         TypeError,
         "all_reduce_coalesced: x has layout torch.sparse_coo; collectives take strided tensors, pass x.to_dense()",
     ),
+    *[
+        (
+            partial(lambda name, call, g, b: call(nested(), g, b), name, call),
+            TypeError,
+            f"{name}: x is a nested tensor, whose rows have lengths of their own; pass its rows, x.unbind(), to the "
+            "coalesced collectives, or torch.nested.to_padded_tensor(x, 0.0)",
+        )
+        for name, call in NESTED.items()
+    ],
     (
         lambda g, b: fcomm.all_reduce(X.to("meta"), g, b),
         TypeError,

@@ -11,7 +11,7 @@ from torch import Tensor
 from fcomm.arithmetic import OPS, check_op
 from fcomm.errors import ArgumentError
 from fcomm.group import Group
-from fcomm.registration import holds
+from fcomm.registration import holds, refuse_nested
 
 
 def is_tensor(name: str, option: str, x: object) -> None:
@@ -36,6 +36,8 @@ def canonical_dim(name: str, option: str, dim: int, x: Tensor, group: Group, *, 
     """dim of x, or of x with a number of new dimensions, counted from the front."""
     is_tensor(name, "x", x)
     is_group(name, group)
+    if x.is_nested:  # before its shape is asked for
+        refuse_nested(name)
     ndim = x.dim() + new
     if not isinstance(dim, int) or isinstance(dim, bool) or not -ndim <= dim < ndim:
         remedy = f"choose one in {-ndim} .. {ndim - 1}" if ndim else "reshape x to (1,)"

@@ -12,7 +12,7 @@ from fcomm.collectives.exchange import all_to_all
 from fcomm.dtypes import REDUCED, carrier
 from fcomm.errors import ArgumentError, FcommError
 from fcomm.group import Backend, Group
-from fcomm.registration import apply, define
+from fcomm.registration import apply, check_call, define
 
 
 def ragged_all_to_all(
@@ -39,6 +39,7 @@ def ragged_all_to_all(
     Raises FcommError if the shapes or dtypes do not fit, a slice leaves its tensor, or (MismatchError) send_sizes and
     recv_sizes of two ranks differ.
     """
+    check_call("ragged_all_to_all", (operand, output), group, backend)
     _check(operand, output, (input_offsets, send_sizes, output_offsets, recv_sizes), group)
     # Where each rank's rows land here: known at the senders, needed here.
     landing = all_to_all(output_offsets, group, backend)
