@@ -140,6 +140,54 @@ def test_a_planted_fault_is_seen(
     assert _fault(name)
 
 
+# --- targets that are no entry of the vocabulary ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [None, 7])
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_targets_outside_the_vocabulary_are_ignored_or_nan(vocab: int | None, compiler: str | None) -> None:
+    logits = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target = torch.tensor([[0, -100, 6], [3, -100, 5]])
+
+    def losses(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """The loss of each position, on both ranks, and the gradient of their sum by the whole of the logits."""
+
+        def summed(parts: Tensor) -> tuple[Tensor, Tensor]:
+            loss = fcomm.simulate(
+                lambda part: layers.vocab_parallel_cross_entropy(part, target, TP, fcomm.sim, vocab=vocab, **options),
+                TP,
+            )(parts)
+            return loss[0].sum(), loss
+
+        parts, loss = grad(summed, has_aux=True)(torch.stack(logits.chunk(2, -1)))
+        return loss, torch.cat(list(parts), -1)
+
+    run = losses if compiler is None else torch.compile(losses, fullgraph=True, backend=compiler)
+    loss, gradient = run(logits, target)
+    leaf = logits.clone().requires_grad_()
+    expected = F.cross_entropy(leaf[..., :vocab].transpose(1, 2), target, reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(loss, torch.stack([expected.detach()] * 2))
+    torch.testing.assert_close(gradient, leaf.grad)
+    assert not loss[:, :, 1].any()
+    assert not gradient[:, 1].any()
+
+    # Any other is NaN, the loss and the gradient of its position alone.
+    last = 8 if vocab is None else vocab
+    for wrong in (-1, -99, last, last + 100, 2**40):
+        spoiled = target.clone()
+        spoiled[1, 0] = wrong
+        got, slope = run(logits, spoiled)
+        assert got[:, 1, 0].isnan().all()
+        assert got.isnan().sum() == 2
+        assert slope[1, 0, :vocab].isnan().all()
+        assert not slope[0].isnan().any()
+        assert not slope[1, 1:].isnan().any()
+    assert run(logits, target, ignore_index=None)[0][:, :, 1].isnan().all()
+    assert run(logits, target.clamp(min=0), ignore_index=6)[0][0, 0, 2] == 0
+    torch.testing.assert_close(run(logits, target.to(torch.int8))[0], loss)
+
+
 # --- modules and functional_call ----------------------------------------------------------------------------------
 
 

@@ -110,7 +110,8 @@ def vocab_parallel_embedding(
         rank 0  tokens [B S], weight [V/n D]      [B S D]
         rank 1  tokens [B S], weight [V/n D]  ->  [B S D]
 
-    tokens: integers, the same on all ranks. weight: equal parts; pad V to a multiple of n. seq_dim: result [B S/n D].
+    tokens: integers, the same on all ranks; any outside 0 .. V - 1 gives zeros. weight: equal parts; pad V to a
+    multiple of n. seq_dim: result [B S/n D].
     Traffic: all_reduce forward, none backward; with seq_dim reduce_scatter forward, all_gather backward.
     """
     row, mine = _own_entries(tokens, weight.shape[0], group, backend)
@@ -118,7 +119,13 @@ def vocab_parallel_embedding(
 
 
 def vocab_parallel_cross_entropy(
-    logits: Tensor, target: Tensor, group: Group, backend: Backend, *, vocab: int | None = None
+    logits: Tensor,
+    target: Tensor,
+    group: Group,
+    backend: Backend,
+    *,
+    vocab: int | None = None,
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """-log softmax(logits)[target] with the vocabulary cut over the ranks; logits are never gathered.
 
@@ -126,10 +133,14 @@ def vocab_parallel_cross_entropy(
         rank 1  logits [B S V/n], target [B S]  ->  loss [B S]
 
     target: integers, the same on all ranks. The result is invariant. vocab: the number of real entries where V is
-    padded to a multiple of n; later logits count as -inf.
+    padded to a multiple of n; later logits count as -inf. ignore_index: where target is this, the loss and the gradient
+    of the logits are 0, as in torch.nn.functional.cross_entropy; None: nowhere. .mean() counts these positions, too.
+    Any other target outside 0 .. vocab - 1 (V - 1 without vocab) gives loss and gradient NaN, on every rank: an error
+    would wait for the device. (Megatron takes such a target's logit for the maximum: a finite loss.)
     Two all_reduces of [B S] forward, none backward: one takes the maximum, which only keeps exp in range and has no
     derivative; one sums two rows, sum(exp(logits - max)) and the target's logit - max, which one rank has.
     """
+    target = target.long()  # what gather takes; and ignore_index may be no number of a narrow type
     row, mine = _own_entries(target, logits.shape[-1], group, backend)
     if vocab is not None:
         entry = axis_index(group, backend).to(target.device) * logits.shape[-1] + _arange(logits.shape[-1], target)
@@ -140,7 +151,13 @@ def vocab_parallel_cross_entropy(
     # masked_fill, not a product: the entry looked up in vain may be the -inf of a padded one.
     rows = torch.stack([shifted.exp().sum(-1), own_target.masked_fill(~mine, 0.0)])
     total, target_logit = all_reduce_invariant(rows, group, backend).unbind(0)
-    return total.log() - target_logit
+    loss = total.log() - target_logit
+    wrong = (target < 0) | (target >= (logits.shape[-1] * group.size if vocab is None else vocab))
+    if ignore_index is not None:
+        ignored = target == ignore_index
+        loss, wrong = loss.masked_fill(ignored, 0.0), wrong & ~ignored
+    # A product, not masked_fill, whose gradient would be 0 where the loss is NaN.
+    return loss * torch.where(wrong, torch.nan, 1.0).to(loss.dtype)
 
 
 def _own_entries(entry: Tensor, length: int, group: Group, backend: Backend) -> tuple[Tensor, Tensor]:
