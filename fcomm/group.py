@@ -76,6 +76,23 @@ class Backend:
     lowerings: Mapping[str, Lowering] = field(default_factory=dict, compare=False, repr=False)
     unsupported: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # By name, as everywhere: its table holds what only this process has, libraries and partial functions.
+        if BACKENDS.get(self.name) is self:
+            return (_backend_named, (self.name,))
+        return (Backend, (self.name, self.devices, self.lowerings, self.unsupported))
+
+
+def _backend_named(name: str) -> Backend:
+    backend = BACKENDS.get(name)
+    if backend is None:
+        known = ", ".join(BACKENDS)
+        raise FcommError(
+            f"a backend '{name}' was pickled, but this process has only {known}; open or register it where it is "
+            "unpickled, in a module that is imported first, or pass what it is opened with and open it there"
+        )
+    return backend
+
 
 GROUPS: dict[str, Group] = {}
 BACKENDS: dict[str, Backend] = {}

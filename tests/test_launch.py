@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing as mp
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import pytest
 import torch
 
 import fcomm
-from fcomm import CollectiveTimeoutError, FcommError, Group
+from fcomm import Backend, CollectiveTimeoutError, FcommError, Group
+from fcomm.group import BACKENDS, register_backend
 
 
 class Pair(NamedTuple):
@@ -250,3 +253,33 @@ def test_an_interrupted_or_killed_caller_takes_its_ranks_along(tmp_path: Path, n
     output, errors = process.communicate(timeout=30)
     assert number != signal.SIGINT or output == "interrupted\n", errors
     assert all_gone(folder, 2)
+
+
+# --- backends -----------------------------------------------------------------------------------------------------
+
+
+def named(world: Group, backend: fcomm.Backend, others: dict[str, fcomm.Backend]) -> list[Any]:
+    x = fcomm.all_reduce(torch.ones(2), world, backend)
+    return [x.tolist(), backend, backend is fcomm.cpu, [b is getattr(fcomm, name) for name, b in others.items()]]
+
+
+def test_backends_travel_by_name() -> None:
+    others = {name: getattr(fcomm, name) for name in ("c10d", "sim", "nccl", "hccl")}
+    results = fcomm.run(named, 2, fcomm.cpu, others)
+    assert results == [[[2.0, 2.0], fcomm.cpu, True, [True] * 4]] * 2
+    assert results[0][1] is fcomm.cpu
+    assert copy.deepcopy(fcomm.c10d) is fcomm.c10d
+
+
+def test_a_backend_that_the_ranks_do_not_have_says_what_to_do() -> None:
+    opened = register_backend(Backend("nccl@cpu:/elsewhere", lowerings={"all_reduce": lambda x, group, op: x}))
+    text = r"a backend 'nccl@cpu:/elsewhere' was pickled, but this process has only .*cpu.*; open or register it where"
+    try:
+        with pytest.raises(FcommError, match=text):
+            fcomm.run(named, 1, opened, {})
+    finally:
+        del BACKENDS[opened.name]
+    # What is not registered is a value like any other.
+    private = Backend("private", ("cpu",), {"barrier": test_backends_travel_by_name}, {"scan": "slow"})
+    other = pickle.loads(pickle.dumps(private))
+    assert (other, other.lowerings, other.unsupported) == (private, private.lowerings, private.unsupported)
