@@ -65,8 +65,8 @@ def check_op(name: str, op: str, dtype: torch.dtype, allowed: Sequence[str] = OP
 def fold(xs: Sequence[Tensor], op: str) -> Tensor:
     """op over equally shaped tensors, in order; the result has their dtype and never aliases them.
 
-    float16, bfloat16 and float8 accumulate in float32 and round once. Integers wrap; their mean truncates toward zero.
-    bool: sum and max are "or", prod and min are "and". max and min give NaN where any input is NaN.
+    float16, bfloat16 and float8 accumulate in float32 and round once. Integers wrap around; integer means truncate
+    toward zero. bool: sum and max are "or", prod and min are "and". max and min give NaN where any input is NaN.
     """
     dtype = xs[0].dtype
     if dtype in _WIDE:

@@ -1,4 +1,4 @@
-"""What can go wrong, one type each; every one is a FcommError and, where Python has a name for it, that too."""
+"""What can go wrong, one type each: every one is a FcommError, and the built-in exception it corresponds to, if any."""
 
 from collections.abc import Iterable
 

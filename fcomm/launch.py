@@ -43,7 +43,7 @@ def run(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0)
     fn, args and results are pickled, so fn is a function of a module or script, not a lambda; tensors go by value. A
     script that calls run does so under `if __name__ == "__main__":`. Every process has this one's environment and what
     torchrun would add to it, and one torch thread unless OMP_NUM_THREADS says otherwise. The world's deadline is three
-    quarters of timeout_s, so that a collective which waits in vain can still say so.
+    quarters of timeout_s, so that a collective that waits in vain can still report it.
 
     Raises FcommError with the first failing rank's own traceback, CollectiveTimeoutError after timeout_s seconds;
     in both cases, and on KeyboardInterrupt, every process that was started is gone when it raises.

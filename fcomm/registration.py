@@ -91,7 +91,7 @@ def define(
     shape: shape(x_shape, group, **params) -> shape of the result on this rank; must accept symbolic sizes. With several
         tensors it gets one shape each.
     vjp: vjp(ct, group, backend, **params) -> cotangent of x, written with public collectives; a tuple with several
-        inputs. Where nonlinear(**params) holds it also gets x= and y=, where aux names tensors, also those.
+        inputs. If nonlinear(**params) is true it also gets x= and y=; it always gets the tensors named in aux.
         None: asking for a derivative raises FcommError.
     jvp: "linear": the collective itself, applied to the tangents. Else jvp(tangent, group, backend, x=, y=, **params).
     dims: the parameters that are dimensions of x; vmap shifts them past its own.

@@ -105,7 +105,8 @@ def live(group: Group, function: str = "fcomm") -> Live:
 def close(group: Group | None = None) -> None:
     """Close a group's communicators and forget it; without argument, every group of this process. Idempotent.
 
-    Every rank of the group calls it, after the last collective on the group. At exit, what is open is closed.
+    Every rank of the group calls it, after the last collective on the group. Groups still open at
+    exit are closed.
     """
     if group is not None and not isinstance(group, Group):
         raise TypeError(f"close: group is {group!r}; pass a Group, or nothing to close all of this process")

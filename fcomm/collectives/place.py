@@ -16,7 +16,7 @@ def axis_index(group: Group, backend: Backend) -> Tensor:
         rank 1  1
 
     An int64 tensor of shape (), on the CPU, where it mixes with tensors of any device; under simulate on the device of
-    its first tensor argument. A tensor and not an int, so that one graph serves all ranks and simulated ones.
+    its first tensor argument. A tensor and not an int, so that one graph serves every rank, real or simulated.
     vjp: none, it is an integer. Traffic: none.
     """
     return apply("axis_index", (), group, backend)

@@ -34,7 +34,7 @@ def recv(
     """Receive the tensor that rank src, by default the previous rank, sends to this one; like has its shape and dtype.
 
     after: a token of send. The receive, and in backward its send, keeps its place after that send; in a ring, where all
-    ranks send and then receive, pass it always.
+    ranks send and then receive, always pass it.
     vjp: send to src; like gets zeros. For the cotangent to be sent, like or after must be part of what is
     differentiated (after=None makes a token that is, for backward()). Traffic: x's bytes.
     Raises FcommError if src is not another rank of the group, MismatchError where the message has another shape or

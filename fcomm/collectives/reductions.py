@@ -81,7 +81,7 @@ define(
 def scan(
     x: Tensor, group: Group, backend: Backend, *, op: str = "sum", exclusive: bool = False, reverse: bool = False
 ) -> Tensor:
-    """Prefix sums over the ranks.
+    """The prefix sum over the ranks.
 
         rank 0  [a]      [a]            [0]                 [a + b + c]
         rank 1  [b]  ->  [a + b]        [a]      reverse:   [b + c]

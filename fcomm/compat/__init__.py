@@ -1,4 +1,4 @@
-"""The same functions under others' names and argument conventions; thin, with no rules of their own.
+"""The same functions under the names and argument conventions of other libraries; thin, with no rules of their own.
 
     lax        jax.lax's parallel operators: the axis name becomes group, backend; pytrees
     funcol     torch.distributed._functional_collectives, old names and new

@@ -1,7 +1,7 @@
 """python -m fcomm.demo: train the model twice, compare, and say so with the exit status.
 
-The ranks are processes that this one starts; under torchrun they are torchrun's; with --backend sim they are simulated,
-all in this process, by the same functions.
+The ranks are processes that this one starts; under torchrun, MPI or Slurm they are the launcher's; with --backend sim
+they are simulated, all in this process, by the same functions.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import fcomm
+from fcomm.bootstrap import launcher_place
 from fcomm.demo import report
 from fcomm.demo.model import Model, init
 from fcomm.demo.runs import SEED, train_dense, train_parallel, train_simulated
@@ -24,7 +25,7 @@ from fcomm.group import BACKENDS
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 0 if both runs are one training, 1 if not, 2 for a wrong command line."""
     options, parser = _options(argv)
-    launched = "RANK" in os.environ
+    launched = launcher_place(os.environ) is not None
     world = fcomm.init(timeout_s=600) if launched else None
     ranks = world.size if world is not None else options.ranks
     model = Model(**options.model)
