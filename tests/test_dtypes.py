@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import vendors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -174,7 +175,7 @@ def moves(x: Tensor, group: Group, on: fcomm.Backend) -> dict[str, Tensor]:
 
 
 def only_moved(world: Group, name: str) -> list[str]:
-    failures, on, rank = [], getattr(fcomm, name), world.rank or 0
+    failures, on, rank = [], vendors.backend(name) if name in vendors.DOUBLES else getattr(fcomm, name), world.rank or 0
     for dtype in ONLY_MOVED:
         i = SIX[rank].to(RAW[dtype.itemsize])
         results = moves(i.view(dtype), world, on)
@@ -190,7 +191,7 @@ def only_moved(world: Group, name: str) -> list[str]:
     return failures
 
 
-@pytest.mark.parametrize("backend", ["cpu", "c10d"])
+@pytest.mark.parametrize("backend", ["cpu", "c10d", "nccl", "hccl"])
 def test_every_other_dtype_moves(backend: str) -> None:
     assert {torch.float8_e8m0fnu, torch.complex32, torch.bits16} < set(ONLY_MOVED)
     run_ranks(only_moved, 2, backend)
