@@ -40,12 +40,6 @@ void count_forks() {
   (void)once;
 }
 
-std::int64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return std::int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
-}
-
 void sleep_on(Flag &word, std::uint32_t while_equal, std::int64_t ns) {
   timespec t{time_t(ns / 1'000'000'000), long(ns % 1'000'000'000)};
   // Shared, not FUTEX_PRIVATE: the waker is another process. EINTR and EAGAIN are as good as a wake-up: the caller looks.
@@ -201,6 +195,12 @@ void hand_out(fcomm_comm &c) {
 }
 
 }  // namespace
+
+std::int64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return std::int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
+}
 
 std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
   std::uint64_t x = a * 0x9E3779B97F4A7C15ull ^ b;

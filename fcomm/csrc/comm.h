@@ -109,6 +109,7 @@ bool progress(fcomm_comm &c);
 // Copy into a slot of our own, ready to be published.
 void copy_in(fcomm_comm &c, char *to, const char *from, std::size_t nbytes);
 
+std::int64_t now_ns();
 void wake(Flag &word);
 std::uint64_t mix(std::uint64_t a, std::uint64_t b);
 

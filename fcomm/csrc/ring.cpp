@@ -40,14 +40,19 @@ bool put(fcomm_comm &c, int to, Message &m) {
 
 // Goes on for as long as the receiver is at it and takes pieces; a moment without any, and the rest is for the line.
 bool put_while_read(fcomm_comm &c, int to, Message &m) {
-  constexpr int kPatience = 2000;
+  // Not a number of yields: where cores are shared each may take milliseconds, and the reader may have died inside recv().
+  constexpr std::int64_t kPatience = 20'000'000;
   const Ring &ring = c.ring(c.rank, to);
-  for (int idle = 0; !put(c, to, m); ++idle) {
-    if (!ring.reading.load(std::memory_order_acquire) || idle > kPatience) return false;
+  for (std::int64_t since = now_ns(); !put(c, to, m);) {
+    if (!ring.reading.load(std::memory_order_acquire)) return false;
     const std::uint32_t full = ring.head.load(std::memory_order_relaxed) - kRingPieces;
     for (int k = 0; k < c.spins && ring.tail.load(std::memory_order_acquire) == full; ++k) pause();
-    if (ring.tail.load(std::memory_order_acquire) == full) sched_yield();
-    else idle = 0;
+    if (ring.tail.load(std::memory_order_acquire) != full) {
+      since = now_ns();
+    } else {
+      if (now_ns() - since > kPatience) return false;
+      sched_yield();
+    }
   }
   return true;
 }

@@ -1,4 +1,5 @@
 // What every rank is told when something goes wrong: the same reason and the same culprit, soon.
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -167,6 +168,37 @@ void departures() {
   });
 }
 
+void a_reader_that_dies() {
+  doing = "the receiver dies inside recv, and the sender's core is shared";
+  setenv("FCOMM_TEST_FAULT", "taken:1:kill", 1);
+  const Ended ended = as_processes({2}, [](fcomm_comm *c, int rank) {
+    std::vector<char> message(4 << 20);
+    fcomm_signature s{};
+    s.dtype = FCOMM_UINT8, s.ndim = 1, s.dims[0] = std::int64_t(message.size());
+    if (rank == 1) {
+      fcomm_recv(message.data(), message.size(), &s, 0, nullptr, c);
+      return;
+    }
+    cpu_set_t core;
+    CPU_ZERO(&core);
+    CPU_SET(sched_getcpu(), &core);
+    sched_setaffinity(0, sizeof core, &core);
+    std::atomic<bool> done{false};
+    std::vector<std::thread> others;
+    for (int k = 0; k < 3; ++k)
+      others.emplace_back([&] {
+        while (!done.load()) {}
+      });
+    const double start = seconds();
+    CHECK(fcomm_send(message.data(), message.size(), &s, 1, c) == FCOMM_OK);
+    CHECK(seconds() - start < 0.5);
+    done = true;
+    for (std::thread &t : others) t.join();
+  });
+  unsetenv("FCOMM_TEST_FAULT");
+  CHECK(ended.status[0] == 0 && WIFSIGNALED(ended.status[1]));
+}
+
 void forks() {
   doing = "a rank forks";
   CHECK(as_processes({2}, [](fcomm_comm *c, int) {
@@ -229,5 +261,5 @@ void failures_suite() {
   deadlines();
   departures();
   arguments();
-  if (kForks) forks(), interrupts(), every_step();
+  if (kForks) a_reader_that_dies(), forks(), interrupts(), every_step();
 }
