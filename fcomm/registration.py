@@ -353,6 +353,7 @@ def _shorten_inductor_call(op: Any) -> None:
 
     call_op = lowering.fallback_handler(op)
     direct = f"torch.ops.{op.__module__.rpartition('.')[2]}.{op.__name__}.machine"
+    own = RECORDS[op.__name__.partition(".")[0]].spec.__module__.startswith("fcomm.")
 
     def call_machine(*args: Any, **kwargs: Any) -> Any:
         result = call_op(*args, **kwargs)
@@ -364,6 +365,11 @@ def _shorten_inductor_call(op: Any) -> None:
         node, *earlier = made
         if not V.graph.cpp_wrapper:
             node.get_kernel_name = lambda: _name_in_module(V.graph.wrapper_code, direct)
+        output = result.data.data
+        if own and not any(getattr(length, "free_symbols", ()) for length in output.get_size()):
+            # An assertion of the result's shape, a twelfth of a small call. Shape rules of this package are tested
+            # against results, lengths that a graph reads are not known here, and the ranks compare shapes anyway.
+            output.skip_size_stride_alignment_checks = True
         if V.graph.is_backward and V.graph.current_node.meta.get("partitioner_tag") == "is_forward":
             # A call of forward, which the backward graph holds for its result: without a use it is not made again.
             node.has_side_effects = lambda: False
