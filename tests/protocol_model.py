@@ -48,19 +48,30 @@ class Rounds:
     ended: tuple[str | None, ...]  # "ok", "crashed", or the failure that the rank reports
     flags: tuple[int, ...]
     slots: tuple[tuple[object, ...], ...]
+    results: tuple[tuple[object, ...], ...]  # what each rank's result holds, by writer
     prints: tuple[tuple[str, ...], ...]
     poison: str | None
 
 
 Step = tuple[str, int, int]  # what, round, peer
+DIRECT = -2  # and its two rounds
 
 
 def program(rank: int, size: int, calls: Sequence[tuple[str, int]], fault: str | None) -> list[Step]:
-    """calls: (fingerprint, rounds) of each collective in turn."""
+    """calls: (fingerprint, rounds) of each collective in turn; DIRECT rounds: one that writes into results."""
     steps: list[Step] = []
     r = 0
     for _, rounds in calls:
         steps.append(("enter", r, rank))
+        if rounds == DIRECT:
+            peers = [p for p in range(size) if p != rank]
+            meet = [step for p in peers for step in (("wait", r + 1, p), ("compare", r + 1, p))]
+            steps += [("print", r + 1, rank), ("publish", r + 1, rank), *meet]
+            steps += [(what, r + 1, p) for p in peers for what in ("begin writing", "write")]
+            last = [("publish", r + 2, rank), *(("wait", r + 2, p) for p in peers)]
+            steps += [*(last if fault != "no last round" else []), ("take", r + 1, rank)]
+            r += 2
+            continue
         for k in range(rounds):
             r += 1
             fill: list[Step] = [("begin", r, rank), ("fill", r, rank)]
@@ -88,7 +99,7 @@ def explore(
     size = len(calls)
     depth = 1 if fault == "one slot" else 2
     programs = [program(rank, size, calls[rank], fault) for rank in range(size)]
-    asked = [[print_ for print_, rounds in calls[rank] for _ in range(rounds)] for rank in range(size)]
+    asked = [[print_ for print_, rounds in calls[rank] for _ in range(abs(rounds))] for rank in range(size)]
 
     def fail(s: Rounds, rank: int, verdict: str) -> Rounds:
         """poison(): the first writer's verdict stands, and everybody reports it."""
@@ -143,6 +154,21 @@ def explore(
             yield replace(then, flags=_set(s.flags, rank, r))
         elif what == "wait":
             yield from wait(s, rank, r, p)
+        elif what in ("begin writing", "write"):
+            # A peer whose call failed has taken its block away, so that the kernel refuses; one that is done has handed
+            # the result to its caller.
+            failed = s.ended[p] not in (None, "ok", "crashed")
+            taken = s.ended[p] == "ok" or (s.ended[p] is None and s.at[p] > programs[p].index(("take", r, p)))
+            if taken or (failed and fault == "block used again"):
+                raise ProtocolError(f"rank {rank} writes into memory that is no longer the result of rank {p}")
+            value = TORN if what == "begin writing" else (rank, r)
+            refused = s.ended[p] is not None
+            yield then if refused else replace(then, results=_set(s.results, p, _set(s.results[p], rank, value)))
+        elif what == "take":
+            for q in range(size):
+                if q != rank and s.results[rank][q] != (q, r):
+                    raise ProtocolError(f"rank {rank} takes {s.results[rank][q]} where rank {q} writes its part")
+            yield then
         elif what == "compare":
             mine, theirs = asked[rank][r - 1], s.prints[p][r % depth]
             yield then if mine == theirs else fail(s, rank, "mismatch")
@@ -179,7 +205,14 @@ def explore(
 
     nothing: tuple[object, ...] = (None,) * depth
     first = Rounds(
-        (0,) * size, (None,) * size, (None,) * size, (0,) * size, (nothing,) * size, (("",) * depth,) * size, None
+        at=(0,) * size,
+        note=(None,) * size,
+        ended=(None,) * size,
+        flags=(0,) * size,
+        slots=(nothing,) * size,
+        results=((None,) * size,) * size,
+        prints=(("",) * depth,) * size,
+        poison=None,
     )
     return walk(first, successors, final)
 

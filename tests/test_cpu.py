@@ -201,6 +201,17 @@ def check_lengths(world: fcomm.Group, lengths: list[int]) -> list[str]:
                 fcomm.all_gather(mine, world, fcomm.cpu, sizes=sizes),
                 torch.cat([y[:s] for y, s in zip(xs, sizes, strict=True)]),
             ),
+            (
+                "all_to_all uneven",
+                fcomm.all_to_all(x, world, fcomm.cpu, send_sizes=sizes, recv_sizes=[sizes[rank]] * n),
+                torch.cat([y.split(sizes)[rank] for y in xs]),
+            ),
+            ("gather", fcomm.gather(x, world, fcomm.cpu), torch.cat(xs) * (rank == 0)),
+            (
+                "scatter",
+                fcomm.scatter(blocks, world, fcomm.cpu),
+                xs[0][: len(blocks)].chunk(n)[rank] if len(blocks) else blocks,
+            ),
             ("scan", fcomm.scan(x, world, fcomm.cpu, exclusive=True), exclusive(xs, rank)),
             ("recv", passed_on(x, world), xs[(rank - 1) % n]),
         ):

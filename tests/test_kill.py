@@ -166,6 +166,8 @@ PLANS = [
     (3, "raise", "broadcast", 100_000),
     (3, "stop", "all_reduce", 1000),
     (2, "kill", "recv", 50_000),
+    (3, "kill", "all_reduce", 1_000_000),
+    (3, "stop", "ppermute", 1_000_000),
 ]
 
 

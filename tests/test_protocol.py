@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from protocol_model import ProtocolError, Rounds, explore, explore_ring, explore_sleep
+from protocol_model import DIRECT, ProtocolError, Rounds, explore, explore_ring, explore_sleep
 
 A, B = ("a", 1), ("b", 2)  # a collective of one round, and one of two
+D = ("d", DIRECT)  # one that writes into the peers' results
 
 
 def the_crashed_is_named(s: Rounds) -> None:
@@ -13,7 +14,7 @@ def the_crashed_is_named(s: Rounds) -> None:
     assert all(verdict in ("ok", "crashed", culprit) for verdict in s.ended), s.ended
 
 
-@pytest.mark.parametrize("calls", [[A], [A, A], [A, B], [B, A], [A, A, A]], ids=str)
+@pytest.mark.parametrize("calls", [[A], [A, A], [A, B], [B, A], [A, A, A], [D], [A, D], [D, A]], ids=str)
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_schedule_and_every_crash(size: int, calls: list[tuple[str, int]]) -> None:
     assert explore([calls] * size, crashes=1, check=the_crashed_is_named) > 50
@@ -43,6 +44,18 @@ def test_a_mismatch_and_a_crash_at_once_have_one_verdict() -> None:
 def test_planted_faults_of_the_rounds(fault: str) -> None:
     with pytest.raises(ProtocolError, match="reads"):
         explore([[B]] * 2, fault=fault)
+
+
+@pytest.mark.parametrize("calls", [[D, D], [D, D, A]], ids=str)
+def test_two_ranks_write_into_results_in_turn(calls: list[tuple[str, int]]) -> None:
+    assert explore([calls] * 2, crashes=1, check=the_crashed_is_named) > 50
+
+
+def test_planted_faults_of_writing_into_results() -> None:
+    with pytest.raises(ProtocolError, match=r"takes|no longer"):
+        explore([[D]] * 2, fault="no last round")
+    with pytest.raises(ProtocolError, match="no longer"):
+        explore([[D]] * 3, crashes=1, fault="block used again")
 
 
 def test_planted_comparing_left_out() -> None:

@@ -289,14 +289,15 @@ def _all_to_all_plan(
 def _ppermute(x: Tensor, group: Group, handle: Any, *, perm: tuple[int, ...]) -> Called:
     code, width = _CODES[x.dtype]
     y = _new(x.shape, x, width)
-    source, sends = _edges(perm, group.rank)
-    return native.permute(x.data_ptr(), y.data_ptr(), x.nbytes, source, sends, hash((x.shape, code, perm)), handle), y
+    edges, tag = _edges(perm, group.rank), hash((x.shape, code, perm))
+    return native.permute(x.data_ptr(), y.data_ptr(), x.nbytes, *edges, tag, handle), y
 
 
 @_remembered
-def _edges(perm: tuple[int, ...], rank: int | None) -> tuple[int, bool]:
-    """Who sends to rank, -1 for nobody, and whether rank sends."""
-    return next((s for s, d in pairs(perm) if d == rank), -1), rank in perm[::2]
+def _edges(perm: tuple[int, ...], rank: int | None) -> tuple[int, int]:
+    """Who sends to rank, and to whom rank sends; -1 for nobody."""
+    sources, destinations = ([edge[k] for edge in pairs(perm) if edge[1 - k] == rank] for k in (0, 1))
+    return (*sources, -1)[0], (*destinations, -1)[0]
 
 
 def _broadcast(x: Tensor, group: Group, handle: Any, *, src: int) -> Called:

@@ -21,7 +21,7 @@ except ImportError as error:  # no compiler was there when fcomm was installed
     native, why_no_native = None, str(error)
 
 # Below it glibc recycles memory by itself, and the two microseconds of the hand-over would show.
-POOLED_NBYTES = 1 << 20
+POOLED_NBYTES = 256 << 10
 
 
 def pooled(shape: Sequence[int], like: Tensor) -> Tensor:

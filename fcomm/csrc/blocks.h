@@ -55,12 +55,13 @@ class Blocks {
  public:
   Blocks(const void *base, const fcomm_blocks &matrix, int size) {
     std::size_t pitch = 0;
-    most_ = 0;
+    most_ = 0, row_ = std::size_t(-1);
     for (int j = 0; j < size; ++j) {
       const std::size_t width = matrix.widths ? matrix.widths[j] : matrix.width;
       new (&at_[j]) Block{static_cast<char *>(const_cast<void *>(base)) + pitch, matrix.rows, width, 0};
       pitch += width;
       most_ = std::max(most_, matrix.rows * width);
+      if (matrix.rows > 1) row_ = std::min(row_, width);
     }
     for (int j = 0; j < size; ++j) at_[j].pitch = pitch;
     total_ = matrix.rows * pitch;
@@ -68,10 +69,12 @@ class Blocks {
   const Block &operator[](int j) const { return at_[j]; }
   std::size_t most() const { return most_; }    // bytes of the largest block
   std::size_t total() const { return total_; }  // bytes of all
+  bool contiguous() const { return row_ == std::size_t(-1); }
+  std::size_t row() const { return row_; }      // bytes of the shortest piece, no limit if each is in one
 
  private:
   Block at_[FCOMM_MAX_RANKS];
-  std::size_t most_, total_;
+  std::size_t most_, row_, total_;
 };
 
 }  // namespace fcomm

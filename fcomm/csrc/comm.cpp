@@ -125,7 +125,7 @@ fcomm_status wait_slowly(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std
   for (;;) {
     const bool busy = c.pending_count && progress(c);
     if (reached(word.load(std::memory_order_acquire), target)) return FCOMM_OK;
-    if (const std::uint64_t w = c.header().poison.load(std::memory_order_acquire)) return observe(c, w);
+    if (const fcomm_status s = look_for_poison(c)) return s;
     if (const fcomm_status s = look_for_the_dead(c, peer, word, target, among, round)) return s;
     if (const auto hook = interrupt_hook.load(); hook && hook()) return poison(c, FCOMM_INTERRUPTED, c.rank, round);
     const std::int64_t left = start + c.timeout_ns - now_ns();
@@ -229,6 +229,11 @@ void wake(Flag &word) {
   syscall(SYS_futex, reinterpret_cast<std::uint32_t *>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
+fcomm_status look_for_poison(fcomm_comm &c) {
+  const std::uint64_t word = c.header().poison.load(std::memory_order_acquire);
+  return word ? observe(c, word) : FCOMM_OK;
+}
+
 fcomm_status poison(fcomm_comm &c, fcomm_status reason, int culprit, std::uint32_t round) {
   std::uint64_t word = 0;
   const std::uint64_t mine = encode(reason, culprit, c.rank, round);
@@ -276,9 +281,7 @@ Call::Call(fcomm_comm *c) : status(FCOMM_OK) {
     status = FCOMM_CLOSED;
   else if (c->broken)
     status = FCOMM_POISONED;
-  else if (const std::uint64_t word = c->header().poison.load(std::memory_order_acquire))
-    status = observe(*c, word);
-  else if (c->pending_count)
+  else if ((status = look_for_poison(*c)) == FCOMM_OK && c->pending_count)
     progress(*c);
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -46,6 +47,33 @@ struct SlotWriting {
   }
 };
 
+// Whether this rank and all others may write to one another's memory.
+enum class Permission { kUnknown, kNo, kYes };
+
+// Through slots or straight into the peers' results? Rank 0 times calls of one kind and size, now and then the other way,
+// and decides for all.
+struct Ways {
+  bool direct = true;
+  unsigned calls = 0;
+  double lately_ns[2] = {0, 0};
+
+  bool next() {
+    constexpr unsigned kEvery = 32;
+    if (++calls <= 2 * kCold) return calls & 1;
+    return calls % kEvery ? direct : !direct;
+  }
+  void learn(bool way, double ns) {
+    if (calls <= kCold) return;
+    double &lately = lately_ns[way];
+    lately = lately == 0 ? ns : lately + (std::min(ns, 2 * lately) - lately) / 4;
+    const double here = lately_ns[direct], other = lately_ns[!direct];
+    if (here != 0 && other != 0 && other < 0.95 * here) direct = !direct;
+  }
+
+ private:
+  static constexpr unsigned kCold = 2;  // the first call of either way finds its pages absent
+};
+
 }  // namespace fcomm
 
 struct fcomm_comm {
@@ -67,6 +95,10 @@ struct fcomm_comm {
   std::vector<std::deque<fcomm::Message>> pending;  // by destination
   int pending_count = 0;
   std::vector<bool> ring_ready;
+  fcomm::Permission direct = fcomm::Permission::kUnknown;
+  std::uint64_t greeting = 0;  // the peers read it, to see whether they can
+  std::vector<char> folded;    // a share on its way to the peers' results
+  std::map<std::pair<int, int>, fcomm::Ways> ways;  // by kind of call and power of two
 
   fcomm::Header &header() const { return *reinterpret_cast<fcomm::Header *>(base); }
   fcomm::Control &control(int r) const {
@@ -101,6 +133,7 @@ inline std::uint32_t filling(const fcomm_comm &c) { return c.round + 1; }
 fcomm_status open_round(fcomm_comm &c, std::uint64_t fingerprint);
 fcomm_status next_round(fcomm_comm &c);
 
+fcomm_status look_for_poison(fcomm_comm &c);
 fcomm_status poison(fcomm_comm &c, fcomm_status reason, int culprit, std::uint32_t round);
 
 // Move buffered messages on; true while some are left.

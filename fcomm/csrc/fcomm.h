@@ -13,7 +13,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)  // all else in the library is hidden
 
-#define FCOMM_ABI 1
+#define FCOMM_ABI 2
 #define FCOMM_MAX_RANKS 240  // one SCM_RIGHTS message carries at most 253 descriptors, a peer's liveness each
 #define FCOMM_TEXT_BYTES 1024
 #define FCOMM_MAX_DIMS 16
@@ -127,8 +127,9 @@ fcomm_status fcomm_scatter(const void *in, fcomm_blocks, void *out, int root, ui
 fcomm_status fcomm_all_to_all(const void *in, fcomm_blocks sent, void *out, fcomm_blocks received, int uneven,
                               uint64_t tag, fcomm_comm *);
 fcomm_status fcomm_broadcast(const void *in, void *out, size_t nbytes, int root, uint64_t tag, fcomm_comm *);
-// source is the rank this one reads from, -1 for zeros; sends says whether any rank reads from this one.
-fcomm_status fcomm_permute(const void *in, void *out, size_t nbytes, int source, int sends, uint64_t tag,
+// source is the rank whose input becomes this one's output, -1 for zeros; destination that whose output this one's input
+// becomes, -1 for nobody.
+fcomm_status fcomm_permute(const void *in, void *out, size_t nbytes, int source, int destination, uint64_t tag,
                            fcomm_comm *);
 fcomm_status fcomm_barrier(uint64_t tag, fcomm_comm *);
 // send() never waits for the receiver: what the ring between the two does not take is copied and sent on by later

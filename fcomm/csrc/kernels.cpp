@@ -60,12 +60,19 @@ constexpr Kernels table = make_table("avx2");
 // lose as much; and GCC 12 fuses complex products here, whatever it is told.
 namespace avx512 {
 #define FCOMM_F16C 1
+#define FCOMM_STREAM_BYTES 64
+#define FCOMM_STREAM_LOAD(p) _mm512_loadu_si512(p)
+#define FCOMM_STREAM_STORE(p, v) _mm512_stream_si512(reinterpret_cast<__m512i *>(p), v)
 #include "kernels.inc"
 #undef FCOMM_F16C
+#undef FCOMM_STREAM_BYTES
+#undef FCOMM_STREAM_LOAD
+#undef FCOMM_STREAM_STORE
 constexpr Kernels make() {
   Kernels t = avx2::table;
   t.name = "avx512";
   bf16_row(t.reduce[FCOMM_BFLOAT16]);
+  past_row<Bf16Line>(t.reduce_past[FCOMM_BFLOAT16]);
   return t;
 }
 constexpr Kernels table = make();

@@ -11,9 +11,15 @@ namespace fcomm {
 // out[i] = in[0][i] op in[1][i] op ... in[n-1][i], in that order; mean divides by `divisor` at the end.
 using Reduce = void (*)(void *out, const void *const *in, int n, std::size_t count, int divisor);
 
+// The same of whole lines, to two places at once: past the caches, where a line begins, and in the ordinary way if `kept`
+// is not null. n >= 2. Returns how many elements that were; what is left is less than a line.
+using ReducePast = std::size_t (*)(void *past, void *kept, const void *const *in, int n, std::size_t count,
+                                   int divisor);
+
 struct Kernels {
   const char *name;
-  Reduce reduce[FCOMM_DTYPES][FCOMM_OPS];  // null where the operation has no meaning
+  Reduce reduce[FCOMM_DTYPES][FCOMM_OPS];           // null where the operation has no meaning
+  ReducePast reduce_past[FCOMM_DTYPES][FCOMM_OPS];  // the common ones: null elsewhere
   // memcpy that leaves the caches alone; the caller fences before it tells anyone.
   void (*stream_copy)(void *to, const void *from, std::size_t nbytes);
 };

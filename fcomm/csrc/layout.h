@@ -52,6 +52,7 @@ constexpr std::uint32_t kStays = 0, kLeaving = 1, kGone = 2;
 struct Control {
   alignas(kLine) Flag round;     // last round published, compared by signed difference: it wraps
   std::uint64_t fingerprint[2];  // of the call that the round of this parity opened
+  std::uint64_t offer[2];        // an address in this rank's memory, see direct.h
   alignas(kLine) Flag waiters;   // ranks asleep on `round`
   Flag left;                     // kStays, kLeaving or kGone
   std::int32_t pid;

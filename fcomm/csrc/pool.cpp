@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "layout.h"
+#include "pool.h"
 
 namespace fcomm {
 namespace {
@@ -19,9 +20,14 @@ namespace {
 constexpr std::size_t kLeast = 64 << 10;
 constexpr std::size_t kHuge = 2 << 20;
 
+struct InUse {
+  std::size_t nbytes;
+  bool abandoned = false;
+};
+
 struct Pool {
   std::mutex mutex;
-  std::unordered_map<void *, std::size_t> in_use;             // block -> its bytes
+  std::unordered_map<const void *, InUse> in_use;             // by block
   std::unordered_map<std::size_t, std::vector<void *>> idle;  // bytes -> blocks, last in first out: warm in the caches
   fcomm_pool_report report{0, 0, std::size_t(1) << 30, 0, 0, 0};
 };
@@ -71,6 +77,19 @@ std::size_t shrink(Pool &p, std::size_t to_bytes) {
 }
 
 }  // namespace
+
+bool pool_holds(const void *block) {
+  Pool &p = pool();
+  const std::unique_lock lock(p.mutex);
+  return p.in_use.contains(block);
+}
+
+void pool_abandon(void *block) {
+  Pool &p = pool();
+  const std::unique_lock lock(p.mutex);
+  if (const auto found = p.in_use.find(block); found != p.in_use.end()) found->second.abandoned = true;
+}
+
 }  // namespace fcomm
 
 using namespace fcomm;
@@ -95,7 +114,7 @@ void *fcomm_pool_take(size_t nbytes) {
     if (!block) return nullptr;
     ++p.report.misses;
   }
-  p.in_use.emplace(block, size);
+  p.in_use.emplace(block, InUse{size});
   p.report.in_use_bytes += size;
   ++p.report.blocks_in_use;
   return block;
@@ -108,10 +127,15 @@ void fcomm_pool_return(void *block) {
     const std::unique_lock lock(p.mutex);
     const auto found = p.in_use.find(block);
     if (found != p.in_use.end()) {
-      const std::size_t size = found->second;
+      const auto [size, abandoned] = found->second;
       p.in_use.erase(found);
       p.report.in_use_bytes -= size;
       --p.report.blocks_in_use;
+      if (abandoned) {
+        constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+        mmap(block, size, PROT_NONE, kFlags, -1, 0);  // in place of its pages: nothing else is ever mapped here
+        return;
+      }
       p.idle[size].push_back(block);
       p.report.idle_bytes += size;
       shrink(p, p.report.limit_bytes);

@@ -1,6 +1,7 @@
 // all_reduce, reduce, scan and reduce_scatter. Every result is a fold in rank order, made by one rank or by every rank
 // with the same instructions, so all ranks hold the same bits.
 #include "blocks.h"
+#include "direct.h"
 #include "rounds.h"
 
 namespace fcomm {
@@ -8,23 +9,31 @@ namespace {
 
 struct Arithmetic {
   Reduce reduce;
-  std::size_t width;  // bytes of an element
+  ReducePast reduce_past;  // may be null
+  std::size_t width;       // bytes of an element
   int divisor;
 
   void fold(char *out, const void *const *in, int n, std::size_t nbytes) const {
     reduce(out, in, n, nbytes / width, divisor);
   }
-  // The same, to one or two places at once, past the caches or not; a place may be NULL. The kernels store in the ordinary
-  // way and to one place: what goes elsewhere is copied in blocks that the first-level cache still holds.
+  // The same, to one or two places at once, past the caches or not; a place may be NULL.
   struct Place {
     char *to;
     bool stream;
   };
   void fold(Place a, Place b, const void *const *in, int n, std::size_t nbytes) const {
+    std::size_t done = 0;
+    const auto past = [](Place p) { return p.to && p.stream && reinterpret_cast<std::uintptr_t>(p.to) % 64 == 0; };
+    if (reduce_past && past(a) && !b.stream)
+      done = reduce_past(a.to, b.to, in, n, nbytes / width, divisor) * width;
+    else if (reduce_past && past(b) && !a.stream)
+      done = reduce_past(b.to, a.to, in, n, nbytes / width, divisor) * width;
+    // The other kernels store to one place in the ordinary way: what goes elsewhere is copied in blocks that the
+    // first-level cache still holds.
     constexpr std::size_t kBlock = 16 << 10;
     alignas(64) char block[kBlock];
     const void *rest[FCOMM_MAX_RANKS];
-    for (std::size_t at = 0; at < nbytes; at += kBlock) {
+    for (std::size_t at = done; at < nbytes; at += kBlock) {
       const std::size_t m = std::min(kBlock, nbytes - at);
       for (int p = 0; p < n; ++p) rest[p] = static_cast<const char *>(in[p]) + at;
       char *const first = a.stream ? block : a.to + at;
@@ -37,13 +46,13 @@ struct Arithmetic {
 
 bool arithmetic(Arithmetic &a, const fcomm_comm &c, int dtype, int op) {
   if (dtype < 0 || dtype >= FCOMM_DTYPES || op < 0 || op >= FCOMM_OPS) return false;
-  a = {kernels().reduce[dtype][op], dtype_bytes(dtype), c.size};
+  a = {kernels().reduce[dtype][op], kernels().reduce_past[dtype][op], dtype_bytes(dtype), c.size};
   return a.reduce != nullptr;
 }
 
 // One phase: every rank reads every slot. out is NULL where the result is not wanted.
 fcomm_status one_phase(fcomm_comm &c, std::uint64_t print, const char *in, char *out, std::size_t nbytes,
-                       const Arithmetic &a) {
+                       const Arithmetic &a, bool opened) {
   const std::size_t chunk = chunk_bytes(nbytes);
   return rounds(
       c, print, pieces(nbytes, chunk), std::min(chunk, nbytes),
@@ -57,62 +66,113 @@ fcomm_status one_phase(fcomm_comm &c, std::uint64_t print, const char *in, char 
         const void *from[FCOMM_MAX_RANKS];
         for (int p = 0; p < c.size; ++p) from[p] = p == c.rank ? in + s.at : c.slot(p, c.round);
         a.fold(out + s.at, from, c.size, s.nbytes);
-      });
+      },
+      opened);
+}
+
+// A message in chunks, each of them in one share per rank, which that rank reduces.
+struct Shares {
+  std::size_t nbytes, chunk;
+  int size;
+
+  std::size_t chunks() const { return pieces(nbytes, chunk); }
+  Span whole(std::size_t k) const { return span(nbytes, chunk, k); }
+  Span operator()(std::size_t k, int p) const {
+    const Span all = whole(k), s = span(all.nbytes, share_bytes(all.nbytes, size), std::size_t(p));
+    return {all.at + s.at, s.nbytes};
+  }
+};
+
+// What the peers own of chunk k, into the slot that is filled.
+void fill_for_peers(fcomm_comm &c, const Shares &shares, std::size_t k, const char *in) {
+  const Span all = shares.whole(k), own = shares(k, c.rank);
+  char *const to = c.slot(c.rank, filling(c));
+  const std::size_t before = own.at - all.at, after = before + own.nbytes;
+  copy_in(c, to, in + all.at, before);
+  copy_in(c, to + after, in + all.at + after, all.nbytes - after);
+}
+
+// This rank's share of chunk k of everybody, which round `round` made readable.
+void fold_own(const fcomm_comm &c, const Shares &shares, std::size_t k, std::uint32_t round, const char *in,
+              Arithmetic::Place a, Arithmetic::Place b, const Arithmetic &arithmetic) {
+  const Span own = shares(k, c.rank);
+  const void *from[FCOMM_MAX_RANKS];
+  for (int p = 0; p < c.size; ++p)
+    from[p] = p == c.rank ? in + own.at : c.slot(p, round) + (own.at - shares.whole(k).at);
+  arithmetic.fold(a, b, from, c.size, own.nbytes);
 }
 
 // Two phases, a chunk apart: in round k a rank copies in what its peers own of chunk k, and reduces its own share of
 // chunk k - 1, whose slots round k - 1 made readable; after the round all shares of chunk k - 1 are there to copy out.
 // In-slots and out-slots are both filled once a round, so the two parities suffice for both.
 fcomm_status two_phase(fcomm_comm &c, std::uint64_t print, const char *in, char *out, std::size_t nbytes,
-                       const Arithmetic &a) {
-  const std::size_t chunk = chunk_bytes(nbytes), n = pieces(nbytes, chunk);
+                       const Arithmetic &a, bool opened) {
+  const Shares shares{nbytes, chunk_bytes(nbytes), c.size};
+  const std::size_t n = shares.chunks(), chunk = shares.chunk;
   const bool stream = past_caches(c, 2 * nbytes);
-  const auto share = [&](Span whole, int p) {
-    const Span s = span(whole.nbytes, share_bytes(whole.nbytes, c.size), std::size_t(p));
-    return Span{whole.at + s.at, s.nbytes};
-  };
   return rounds(
       c, print, n + 1, chunk + share_bytes(chunk, c.size),
       [&](std::size_t k) {
-        const std::uint32_t r = filling(c);
-        if (k < n) {
-          const Span whole = span(nbytes, chunk, k), own = share(whole, c.rank);
-          char *to = c.slot(c.rank, r);
-          const std::size_t before = own.at - whole.at, after = before + own.nbytes;
-          copy_in(c, to, in + whole.at, before);
-          copy_in(c, to + after, in + whole.at + after, whole.nbytes - after);
-        }
-        if (k > 0) {
-          const Span whole = span(nbytes, chunk, k - 1), own = share(whole, c.rank);
-          const void *from[FCOMM_MAX_RANKS];
-          for (int p = 0; p < c.size; ++p)
-            from[p] = p == c.rank ? in + own.at : c.slot(p, r - 1) + (own.at - whole.at);
-          a.fold({c.slot(c.rank, r) + chunk, c.writing.past}, {out ? out + own.at : nullptr, stream}, from, c.size,
-                 own.nbytes);
-          stream_fence();
-        }
+        if (k < n) fill_for_peers(c, shares, k, in);
+        if (k == 0) return;
+        fold_own(c, shares, k - 1, c.round, in, {c.slot(c.rank, filling(c)) + chunk, c.writing.past},
+                 {out ? out + shares(k - 1, c.rank).at : nullptr, stream}, a);
+        stream_fence();
       },
       [&](std::size_t k) {
         if (k == 0 || !out) return;
-        const Span whole = span(nbytes, chunk, k - 1);
         for (int i = 1; i < c.size; ++i) {
           const int p = (c.rank + i) % c.size;  // not all ranks at one peer
-          const Span s = share(whole, p);
+          const Span s = shares(k - 1, p);
           copy(out + s.at, c.slot(p, c.round) + chunk, s.nbytes, stream);
         }
-      });
+      },
+      opened);
 }
 
-fcomm_status all_reduce(fcomm_comm &c, std::uint64_t print, const void *in, void *out, std::size_t nbytes,
-                        const Arithmetic &a) {
+// The same, but a share goes from the rank that reduces it straight into all results.
+fcomm_status two_phase_direct(fcomm_comm &c, Direct &direct, const char *in, char *out, std::size_t nbytes,
+                              const Arithmetic &a) {
+  const Shares shares{nbytes, chunk_bytes(nbytes), c.size};
+  const std::size_t n = shares.chunks();
+  const bool stream = past_caches(c, 2 * nbytes);
+  c.folded.resize(share_bytes(kChunkBytes, 2));
+  for (std::size_t k = 0; k <= n; ++k) {
+    c.slots.open(filling(c), shares.chunk);
+    if (k < n) fill_for_peers(c, shares, k, in);
+    if (k > 0) {
+      const Span own = shares(k - 1, c.rank);
+      fold_own(c, shares, k - 1, c.round, in, {c.folded.data(), false}, {out + own.at, stream}, a);
+      stream_fence();
+      const Block folded = contiguous(c.folded.data(), own.nbytes);
+      for (int i = 1; i < c.size; ++i)
+        if (const fcomm_status s = direct.write((c.rank + i) % c.size, contiguous(out + own.at, own.nbytes), folded))
+          return s;
+    }
+    if (const fcomm_status s = next_round(c)) return s;
+  }
+  return FCOMM_OK;
+}
+
+fcomm_status all_reduce(fcomm_comm &c, std::uint64_t print, const void *in_, void *out_, std::size_t nbytes,
+                        const Arithmetic &a, Kind kind) {
+  const char *in = static_cast<const char *>(in_);
+  char *out = static_cast<char *>(out_);
   // One phase reads size * nbytes, two read twice nbytes and wait once more. Between two ranks the second phase pays only
   // when the message comes from memory, and reading one's own half of it twice would cost more than waiting.
   const std::size_t small = std::max<std::size_t>(4 << 10, (512 << 10) / std::size_t(c.size * c.size));
   const bool one = nbytes <= small || (c.size == 2 && !past_caches(c, 2 * nbytes));
-  const auto way = one ? one_phase : two_phase;
-  const fcomm_status s = way(c, print, static_cast<const char *>(in), static_cast<char *>(out), nbytes, a);
+  const std::size_t share = nbytes / std::size_t(c.size);  // to each peer
+  const bool could = kind == Kind::kAllReduce && Direct::pays(share, share);
+  Direct direct(c, out);
+  bool opened = false;
+  fcomm_status s = direct.agree(print, kind, nbytes, could, true, opened);
+  if (s) return s;
+  s = direct.agreed() ? two_phase_direct(c, direct, in, out, nbytes, a)
+      : one           ? one_phase(c, print, in, out, nbytes, a, opened)
+                      : two_phase(c, print, in, out, nbytes, a, opened);
   stream_fence();
-  return s;
+  return direct.end(s);
 }
 
 }  // namespace
@@ -127,7 +187,8 @@ fcomm_status fcomm_all_reduce(const void *in, void *out, size_t count, int dtype
   Arithmetic a;
   if (!arithmetic(a, *comm, dtype, op)) return FCOMM_INVALID;
   const std::size_t nbytes = count * a.width;
-  return all_reduce(*comm, fingerprint(Kind::kAllReduce, tag, nbytes, dtype, op), in, out, nbytes, a);
+  return all_reduce(*comm, fingerprint(Kind::kAllReduce, tag, nbytes, dtype, op), in, out, nbytes, a,
+                    Kind::kAllReduce);
 }
 
 fcomm_status fcomm_reduce(const void *in, void *out, size_t count, int dtype, int op, int root, uint64_t tag,
@@ -139,7 +200,7 @@ fcomm_status fcomm_reduce(const void *in, void *out, size_t count, int dtype, in
   const std::size_t nbytes = count * a.width;
   // All ranks share the work; the root alone copies out.
   return all_reduce(*comm, fingerprint(Kind::kReduce, tag, nbytes, dtype, op, root), in,
-                    comm->rank == root ? out : nullptr, nbytes, a);
+                    comm->rank == root ? out : nullptr, nbytes, a, Kind::kReduce);
 }
 
 fcomm_status fcomm_scan(const void *in_, void *out_, size_t count, int dtype, int op, int exclusive, int reverse,

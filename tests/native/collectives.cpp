@@ -153,11 +153,11 @@ void plain_moves(fcomm_comm *c, int rank, int size, std::size_t n, unsigned seed
   CHECK(out == random_bytes(root, n, seed));
 
   const int source = (rank + size - 1) % size;
-  CHECK(fcomm_permute(in.data(), out.data(), n, source, 1, 5, c) == FCOMM_OK);
+  CHECK(fcomm_permute(in.data(), out.data(), n, source, (rank + 1) % size, 5, c) == FCOMM_OK);
   CHECK(out == random_bytes(source, n, seed));
   // 0 -> last alone
   const bool last = rank == size - 1;
-  CHECK(fcomm_permute(in.data(), out.data(), n, last ? 0 : -1, rank == 0, 6, c) == FCOMM_OK);
+  CHECK(fcomm_permute(in.data(), out.data(), n, last ? 0 : -1, rank == 0 ? size - 1 : -1, 6, c) == FCOMM_OK);
   CHECK(out == (last ? random_bytes(0, n, seed) : Bytes(n, 0)));
   CHECK(fcomm_barrier(n, c) == FCOMM_OK);
 }
@@ -244,10 +244,42 @@ void slots_of_neighbouring_rounds_are_apart() {
   CHECK(furthest > fcomm::kSlotsBytes - fcomm::kSlotBytes);
 }
 
+// Large enough to go straight into results, were they the pool's: once they are on all ranks, once on all but one.
+void results_of_the_pool(fcomm_comm *c, int rank, int size) {
+  doing = "writing into results of the pool on " + std::to_string(size) + " ranks";
+  const std::size_t part = (70 << 10) + 64, n = part * std::size_t(size);
+  Bytes gathered;
+  for (int p = 0; p < size; ++p) {
+    const Bytes b = random_bytes(p, part, 9);
+    gathered.insert(gathered.end(), b.begin(), b.end());
+  }
+  Bytes outside(n);
+  const auto fresh = static_cast<unsigned char *>(fcomm_pool_take(n));
+  for (int k = 0; k < 100; ++k) {
+    unsigned char *const out = k % 5 == 0 && rank == k / 5 % size ? outside.data() : fresh;
+    std::fill(out, out + n, 0xEE);
+    CHECK(fcomm_all_gather(random_bytes(rank, part, 9).data(), out, even(1, part), 0, c) == FCOMM_OK);
+    CHECK(std::equal(gathered.begin(), gathered.end(), out));
+  }
+  fcomm_pool_return(fresh);
+}
+
 }  // namespace
 
 void collectives_suite() {
   slots_of_neighbouring_rounds_are_apart();
+  for (const int size : {2, 3}) {
+    CHECK(as_processes({size}, [&](fcomm_comm *c, int rank) { results_of_the_pool(c, rank, size); }).all_well());
+    const WithDirect refused("1");
+    CHECK(as_processes({size}, [&](fcomm_comm *c, int rank) { results_of_the_pool(c, rank, size); }).all_well());
+  }
+  for (const int size : {2, 3, 4}) {
+    const WithDirect always("always");
+    as_threads({size}, [&](fcomm_comm *c, int rank) { everything(c, rank, size); });
+    const World wrapping{size, std::uint32_t(-100)};
+    CHECK(as_processes(wrapping, [&](fcomm_comm *c, int rank) { back_to_back(c, rank, size, 1000); }).all_well());
+    if (size < 4) as_threads({size}, [&](fcomm_comm *c, int rank) { large(c, rank, size); });
+  }
   for (const int size : {2, 3, 4}) {
     const World world{size};
     as_threads(world, [&](fcomm_comm *c, int rank) { everything(c, rank, size); });

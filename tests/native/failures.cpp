@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <cstring>
@@ -20,7 +21,7 @@ fcomm_status any_collective(fcomm_comm *c, int kind, int rank, int size, std::ve
     case 2: return fcomm_reduce_scatter(in.data(), even(4, n / 4), out.data(), FCOMM_UINT8, FCOMM_SUM, 0, c);
     case 3: return fcomm_all_to_all(in.data(), even(1, n), out.data(), even(1, n), 1, 0, c);
     case 4: return fcomm_broadcast(in.data(), out.data(), n, 1, 0, c);
-    case 5: return fcomm_permute(in.data(), out.data(), n, (rank + 1) % size, 1, 0, c);
+    case 5: return fcomm_permute(in.data(), out.data(), n, (rank + 1) % size, (rank + size - 1) % size, 0, c);
     default: return fcomm_barrier(0, c);
   }
 }
@@ -72,6 +73,37 @@ void every_step() {
   for (const char *point : {"fill", "drain"}) struck(point, "stop", 1, 3, 2, 200'000);
 }
 
+void every_step_of_writing() {
+  const WithDirect always("always");
+  for (const int size : {2, 3})
+    for (const char *point : {"publish", "wait", "write"})
+      for (const int kind : {0, 1, 3, 5}) struck(point, "kill", (kind + size) % size, size, kind, kind % 3 ? 3000 : 200'000);
+  for (const char *action : {"stop", "delay"}) struck("write", action, 1, 3, 1, 200'000);
+}
+
+// Rank 1 is stopped just before it writes, and goes on when rank 0 has given up and its block is somebody else's.
+void a_late_writer() {
+  doing = "a rank writes after its peer has given up";
+  setenv("FCOMM_TEST_FAULT", "write:1:stop:1", 1);
+  World world{2};
+  world.timeout_s = 0.3;
+  CHECK(as_processes(world, [](fcomm_comm *c, int rank) {
+    constexpr std::size_t kPart = 1 << 20;
+    const std::vector<char> in(kPart, 7);
+    char *const out = static_cast<char *>(fcomm_pool_take(2 * kPart));
+    CHECK(fcomm_all_gather(in.data(), out, even(1, kPart), 0, c) == FCOMM_TIMEOUT);
+    fcomm_pool_return(out);
+    if (rank == 1) return;
+    std::vector<char *> next;
+    for (int k = 0; k < 4; ++k) next.push_back(static_cast<char *>(fcomm_pool_take(2 * kPart)));
+    for (char *block : next) std::memset(block, 0, 2 * kPart);
+    kill(fcomm_pid(c, 1), SIGCONT);
+    usleep(200'000);
+    for (char *block : next) CHECK(block != out && std::all_of(block, block + 2 * kPart, [](char b) { return b == 0; }));
+  }, 10).all_well());
+  unsetenv("FCOMM_TEST_FAULT");
+}
+
 using Call = std::function<fcomm_status(fcomm_comm *, bool odd)>;
 
 // The last rank asks for something else: all are told, and told who, if there is a majority.
@@ -105,7 +137,7 @@ void mismatches() {
       mismatched("the op", size, odd, [](fcomm_comm *c, bool is) {
         return fcomm_all_reduce(in, out, 10, FCOMM_INT32, is ? FCOMM_MAX : FCOMM_SUM, 0, c);
       });
-      mismatched("the count", size, odd, [](fcomm_comm *c, bool is) { return fcomm_permute(in, out, is ? 11 : 10, 0, 1, 0, c); });
+      mismatched("the count", size, odd, [](fcomm_comm *c, bool is) { return fcomm_permute(in, out, is ? 11 : 10, 0, -1, 0, c); });
       mismatched("the root", size, odd, [](fcomm_comm *c, bool is) { return fcomm_broadcast(in, out, 10, is, 0, c); });
       mismatched("the tag", size, odd, [](fcomm_comm *c, bool is) { return fcomm_all_gather(in, out, even(2, 5), is, c); });
       mismatched("what it expects to receive", size, odd, [=](fcomm_comm *c, bool is) {
@@ -247,6 +279,7 @@ void arguments() {
     CHECK(fcomm_scan(in, out, 4, FCOMM_INT32, FCOMM_MEAN, 0, 0, 0, c) == FCOMM_INVALID);
     CHECK(fcomm_broadcast(in, out, 4, 2, 0, c) == FCOMM_INVALID);
     CHECK(fcomm_permute(in, out, 4, 2, 1, 0, c) == FCOMM_INVALID);
+    CHECK(fcomm_permute(in, out, 4, 1, 2, 0, c) == FCOMM_INVALID);
     CHECK(fcomm_send(in, 0, &s, rank, c) == FCOMM_INVALID);
     CHECK(fcomm_recv(out, 0, &s, -1, nullptr, c) == FCOMM_INVALID);
     CHECK(fcomm_all_to_all(in, even(1, 8), out, even(2, 8), 0, 0, c) == FCOMM_INVALID);
@@ -261,5 +294,5 @@ void failures_suite() {
   deadlines();
   departures();
   arguments();
-  if (kForks) a_reader_that_dies(), forks(), interrupts(), every_step();
+  if (kForks) a_reader_that_dies(), forks(), interrupts(), every_step(), every_step_of_writing(), a_late_writer();
 }

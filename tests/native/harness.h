@@ -48,6 +48,13 @@ Ended as_processes(const World &, const Body &, double limit_s = 60);
 // Ranks as threads of one process over several groups at once: comms[g] of group g.
 void as_threads_of_groups(const World &, int groups, const std::function<void(std::vector<fcomm_comm *>, int)> &);
 
+// As long as it lives, FCOMM_TEST_DIRECT has that value (fcomm/csrc/direct.cpp).
+struct WithDirect {
+  explicit WithDirect(const char *value) { setenv("FCOMM_TEST_DIRECT", value, 1); }
+  ~WithDirect() { unsetenv("FCOMM_TEST_DIRECT"); }
+  WithDirect(const WithDirect &) = delete;
+};
+
 double seconds();
 fcomm_blocks even(std::size_t rows, std::size_t width);
 fcomm_blocks uneven(std::size_t rows, const std::vector<std::size_t> &widths);

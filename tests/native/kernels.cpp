@@ -205,15 +205,36 @@ void conversions(const fcomm::Kernels &table) {
 }
 
 void copies(const fcomm::Kernels &table) {
-  std::vector<char> from(5000), to(5000 + 64);
+  std::vector<char> from(40'000), to(from.size() + 64);
   for (std::size_t i = 0; i < from.size(); ++i) from[i] = char(i * 37);
-  for (const std::size_t n : {0, 1, 255, 256, 257, 300, 511, 1024, 4097})
+  for (const std::size_t n : {0, 1, 255, 256, 257, 300, 511, 1024, 4097, 39'001})
     for (std::size_t offset = 0; offset < 33; ++offset) {
       std::fill(to.begin(), to.end(), 99);
       table.stream_copy(&to[offset], &from[offset % 7], n);
       fcomm::stream_fence();
       CHECK(n == 0 || std::memcmp(&to[offset], &from[offset % 7], n) == 0);
       CHECK(to[offset + n] == 99 && (offset == 0 || to[offset - 1] == 99));
+    }
+}
+
+// The kernels that write past the caches, to one place and to two.
+void past(const fcomm::Kernels &table, std::mt19937_64 &random, int dtype, int op) {
+  const std::size_t width = fcomm::dtype_bytes(dtype);
+  for (const int n : {2, 3, 5})
+    for (const std::size_t count : {0, 1, 15, 16, 100, 4096, 20'003}) {
+      const Inputs in = draw(random, dtype, n, count);
+      std::vector<const void *> from;
+      for (const auto &b : in) from.push_back(b.data());
+      std::vector<unsigned char> kept(count * width + 1, 99), room(count * width + 128, 99);
+      unsigned char *const out = room.data() + (0 - reinterpret_cast<std::uintptr_t>(room.data())) % 64;
+      for (unsigned char *const second : {static_cast<unsigned char *>(nullptr), kept.data()}) {
+        std::fill(room.begin(), room.end(), 99);
+        const std::size_t done = table.reduce_past[dtype][op](out, second, from.data(), n, count, n);
+        fcomm::stream_fence();
+        CHECK(done <= count && (count - done) * width < 64 && out[done * width] == 99);
+        check(dtype, op, in, {out, out + done * width}, done);
+        if (second) CHECK(std::equal(out, out + done * width + 1, kept.begin()));
+      }
     }
 }
 
@@ -231,6 +252,7 @@ void kernels_suite() {
         doing = std::string(name) + ": dtype " + std::to_string(dtype) + ", op " + std::to_string(op);
         CHECK((table->reduce[dtype][op] != nullptr) == has_meaning(dtype, op));
         if (!table->reduce[dtype][op]) continue;
+        if (table->reduce_past[dtype][op]) past(*table, random, dtype, op);
         for (int n : {1, 2, 3, 5})
           for (const std::size_t count : {0, 1, 7, 16, 33, 1023, 1025, 2049}) {
             if (n == 1 && op == FCOMM_MEAN) continue;

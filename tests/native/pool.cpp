@@ -1,10 +1,12 @@
 // The pool of outputs.
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <thread>
 
 #include "harness.h"
+#include "pool.h"
 
 void pool_suite() {
   constexpr std::size_t kMega = 1 << 20;
@@ -30,6 +32,19 @@ void pool_suite() {
   fcomm_pool_set_limit(0);
   CHECK(fcomm_pool_stats().idle_bytes == 0);
   fcomm_pool_set_limit(before.limit_bytes);
+
+  // An abandoned block is never handed out again, nor are its addresses.
+  char *lost = static_cast<char *>(fcomm_pool_take(4 * kMega));
+  CHECK(fcomm::pool_holds(lost) && !fcomm::pool_holds(lost + 1) && !fcomm::pool_holds(nullptr));
+  fcomm::pool_abandon(lost);
+  lost[0] = 1;  // still its holder's
+  fcomm_pool_return(lost);
+  CHECK(!fcomm::pool_holds(lost) && fcomm_pool_stats().blocks_in_use == before.blocks_in_use);
+  char *other = static_cast<char *>(fcomm_pool_take(4 * kMega));
+  CHECK(other != lost && fcomm_pool_stats().idle_bytes == 0);
+  fcomm_pool_return(other);
+  fcomm_pool_clear();
+  CHECK(mmap(lost, 4 * kMega, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) == MAP_FAILED);
 
   for (const std::size_t n : {0, 1, 100, 65535, 65536, 65537}) {
     char *b = static_cast<char *>(fcomm_pool_take(n));

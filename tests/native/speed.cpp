@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "harness.h"
@@ -18,8 +19,8 @@ struct Case {
   std::size_t nbytes;
 };
 constexpr const char *kWhat[] = {"copy", "all_reduce", "bf16", "all_gather", "reduce_scatter", "all_to_all", "broadcast"};
-constexpr std::size_t kSizes[] = {8, 1 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20};
-constexpr int kRounds = 9, kKinds = 7, kLengths = 6;
+constexpr std::size_t kSizes[] = {8, 1 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20};
+constexpr int kRounds = 9, kKinds = 7, kLengths = 8;
 
 void once(int what, std::size_t nbytes, const char *in, char *out, fcomm_comm *c, int size) {
   const std::size_t n = std::size_t(size);
@@ -49,17 +50,20 @@ int main(int argc, char **argv) {
     CPU_ZERO(&core);
     CPU_SET(rank % int(sysconf(_SC_NPROCESSORS_ONLN)), &core);
     sched_setaffinity(0, sizeof core, &core);
-    std::vector<char> in(64 << 20, char(rank + 1)), out(64 << 20, 1);
+    char *const in = static_cast<char *>(std::aligned_alloc(64, 64 << 20));  // as torch has them
+    char *const out = static_cast<char *>(fcomm_pool_take(64 << 20));
+    std::memset(in, rank + 1, 64 << 20);
+    std::memset(out, 1, 64 << 20);
     for (int round = 0; round < kRounds; ++round)
       for (int length = 0; length < kLengths; ++length)
         for (int k = 0; k < kKinds; ++k) {
           const int kind = (k + round) % kKinds;
           const std::size_t nbytes = kSizes[length];
           const int n = int(std::clamp<std::size_t>((32 << 20) / (nbytes + 16384), 1, 1000));
-          once(kind, nbytes, in.data(), out.data(), c, size);
+          once(kind, nbytes, in, out, c, size);
           fcomm_barrier(0, c);
           const double start = seconds();
-          for (int i = 0; i < n; ++i) once(kind, nbytes, in.data(), out.data(), c, size);
+          for (int i = 0; i < n; ++i) once(kind, nbytes, in, out, c, size);
           time_of(rank, round, kind, length) = (seconds() - start) / n;
           fcomm_barrier(0, c);
         }
