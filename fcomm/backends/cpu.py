@@ -115,7 +115,7 @@ _OPS = {op: code for code, op in enumerate(OPS)}  # in the order of fcomm_op in 
 _remembered = lru_cache(maxsize=4096)
 
 
-def _new(shape: Sequence[int], like: Tensor, width: int) -> Tensor:
+def _new(shape: tuple[int, ...], like: Tensor, width: int) -> Tensor:
     if prod(shape) * width >= POOLED_NBYTES:
         return pooled(shape, like)
     return like.new_empty(shape)

@@ -6,7 +6,6 @@ it goes back when the storage dies, that is with the last tensor, view or saved 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from math import prod
 from typing import Any
@@ -20,13 +19,29 @@ try:
 except ImportError as error:  # no compiler was there when fcomm was installed
     native, why_no_native = None, str(error)
 
-# Below it glibc recycles memory by itself, and the two microseconds of the hand-over would show.
-POOLED_NBYTES = 256 << 10
+# Below it glibc recycles memory by itself. A block of the pool costs half a microsecond more than one of torch, and peers
+# may write into it.
+POOLED_NBYTES = 64 << 10
+
+# DLPack's kinds (DLDataTypeCode in dlpack.h) of the dtypes that torch takes over by it. Others come as bytes.
+_KINDS = {
+    **dict.fromkeys((torch.int8, torch.int16, torch.int32, torch.int64), 0),
+    torch.uint8: 1,
+    **dict.fromkeys((torch.float16, torch.float32, torch.float64), 2),
+    torch.bfloat16: 4,
+    **dict.fromkeys((torch.complex64, torch.complex128), 5),
+    torch.bool: 6,
+}
+_MAX_DIMS = 16
 
 
-def pooled(shape: Sequence[int], like: Tensor) -> Tensor:
+def pooled(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of that shape and like's dtype; its storage cannot be resized."""
-    block = torch.from_dlpack(native.pool_take(prod(shape) * like.element_size()))
+    width, kind = like.itemsize, _KINDS.get(like.dtype)
+    nbytes = prod(shape) * width
+    if kind is not None and len(shape) <= _MAX_DIMS:
+        return torch.from_dlpack(native.pool_take(nbytes, kind, 8 * width, shape))
+    block = torch.from_dlpack(native.pool_take(nbytes, 1, 8, (nbytes,)))
     # Not block.view(..): a view would have a base, and autograd would watch writes through it.
     whole: Tensor = torch.empty(0, dtype=like.dtype).set_(block.untyped_storage(), 0, shape, ())
     return whole

@@ -248,7 +248,7 @@ struct DlManagedTensor {
 };
 
 struct Output : DlManagedTensor {
-  int64_t dims[1];
+  int64_t dims[FCOMM_MAX_DIMS];
 };
 
 // Called when the last tensor that shares the storage dies, on whatever thread, without the GIL.
@@ -262,23 +262,27 @@ void discard(PyObject *capsule) {  // renamed by torch when it takes the memory 
     give_back(static_cast<DlManagedTensor *>(PyCapsule_GetPointer(capsule, "dltensor")));
 }
 
-// pool_take(nbytes) -> a DLPack capsule of that many uint8.
-PyObject *pool_take(PyObject *, PyObject *size) {
-  const Argument<size_t> nbytes(size);
+// pool_take(nbytes, kind, bits, shape) -> a DLPack capsule of that shape, of elements of so many bits and DLPack's kind.
+PyObject *pool_take(PyObject *, PyObject *const *args, Py_ssize_t n) {
+  if (!has_count(n, 4)) return nullptr;
+  const Argument<size_t> nbytes(args[0]);
+  const Argument<int> kind(args[1]), bits(args[2]);
+  const Py_ssize_t ndim = PyTuple_Size(args[3]);
   if (PyErr_Occurred()) return nullptr;
-  void *data;
-  Py_BEGIN_ALLOW_THREADS
-  data = fcomm_pool_take(nbytes.value);
-  Py_END_ALLOW_THREADS
-  auto *output = data ? static_cast<Output *>(std::calloc(1, sizeof(Output))) : nullptr;
-  if (!output) {
-    if (data) fcomm_pool_return(data);
-    return PyErr_NoMemory();
+  if (ndim > FCOMM_MAX_DIMS) return PyErr_Format(PyExc_ValueError, "fcomm._native: %zd dims", ndim);
+  auto *output = static_cast<Output *>(std::calloc(1, sizeof(Output)));
+  if (!output) return PyErr_NoMemory();
+  for (Py_ssize_t k = 0; k < ndim; ++k) output->dims[k] = PyLong_AsLongLong(PyTuple_GetItem(args[3], k));
+  void *data = nullptr;
+  if (!PyErr_Occurred()) {
+    Py_BEGIN_ALLOW_THREADS
+    data = fcomm_pool_take(nbytes.value);
+    Py_END_ALLOW_THREADS
+    if (!data) PyErr_NoMemory();
   }
-  output->tensor = {data, {1, 0}, 1, {1, 8, 1}, output->dims, nullptr, 0};
+  output->tensor = {data, {1, 0}, int32_t(ndim), {uint8_t(kind.value), uint8_t(bits.value), 1}, output->dims, nullptr, 0};
   output->deleter = give_back;
-  output->dims[0] = int64_t(nbytes.value);
-  PyObject *capsule = PyCapsule_New(static_cast<DlManagedTensor *>(output), "dltensor", discard);
+  PyObject *capsule = data ? PyCapsule_New(static_cast<DlManagedTensor *>(output), "dltensor", discard) : nullptr;
   if (!capsule) give_back(output);
   return capsule;
 }
@@ -335,7 +339,7 @@ PyMethodDef methods[] = {
     fast<fcomm_behind>("behind"),
     fast<fcomm_pid>("pid"),
     fast<fcomm_round>("round"),
-    method("pool_take", pool_take, METH_O),
+    method("pool_take", pool_take, METH_FASTCALL),
     method("pool_stats", pool_stats, METH_NOARGS),
     method("pool_clear", pool_clear, METH_NOARGS),
     method("pool_set_limit", pool_set_limit, METH_O),

@@ -50,8 +50,8 @@ struct SlotWriting {
 // Whether this rank and all others may write to one another's memory.
 enum class Permission { kUnknown, kNo, kYes };
 
-// Through slots or straight into the peers' results? Rank 0 times calls of one kind and size, now and then the other way,
-// and decides for all.
+// Through slots or straight into the peers' results? Rank 0 times calls of one kind and size and decides for all: a few
+// of either way at first, then now and then one of the other.
 struct Ways {
   bool direct = true;
   unsigned calls = 0;
@@ -59,19 +59,22 @@ struct Ways {
 
   bool next() {
     constexpr unsigned kEvery = 32;
-    if (++calls <= 2 * kCold) return calls & 1;
+    if (++calls <= kFirst) return calls & 1;
     return calls % kEvery ? direct : !direct;
   }
   void learn(bool way, double ns) {
+    constexpr unsigned kCold = 2;  // the first call of either way finds its pages absent
     if (calls <= kCold) return;
     double &lately = lately_ns[way];
-    lately = lately == 0 ? ns : lately + (std::min(ns, 2 * lately) - lately) / 4;
-    const double here = lately_ns[direct], other = lately_ns[!direct];
-    if (here != 0 && other != 0 && other < 0.95 * here) direct = !direct;
+    if (lately == 0 || (calls <= kFirst && ns < lately))
+      lately = ns;
+    else if (calls > kFirst)
+      lately += (std::min(ns, 2 * lately) - lately) / 4;
+    direct = lately_ns[1] <= (direct ? 1.05 : 0.95) * lately_ns[0];
   }
 
  private:
-  static constexpr unsigned kCold = 2;  // the first call of either way finds its pages absent
+  static constexpr unsigned kFirst = 12;
 };
 
 }  // namespace fcomm

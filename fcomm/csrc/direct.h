@@ -40,7 +40,7 @@ class Direct {
 
   fcomm_comm &c_;
   char *const result_;
-  bool agreed_ = false;
+  bool asked_ = false, agreed_ = false;
   std::uint32_t round_ = 0;  // in which the results were offered
   Ways *ways_ = nullptr;     // on rank 0
   std::int64_t start_ = 0;
