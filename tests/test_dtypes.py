@@ -199,7 +199,12 @@ def test_every_other_dtype_moves(backend: str) -> None:
 
 def test_every_other_dtype_moves_on_a_simulated_axis() -> None:
     axis = fcomm.axis("i", 2)
-    for dtype in set(ONLY_MOVED) - {torch.float4_e2m1fn_x2}:  # torch.cat has no kernel for every layout of it
+    unsigned = {torch.uint16, torch.uint32, torch.uint64}  # reduced, but torch has few kernels for them
+    # torch.cat has no kernel for every layout of float4; vmap of 2.11 neither selects bits nor views them as integers.
+    missing = {torch.float4_e2m1fn_x2}
+    if torch.__version__.startswith("2.11."):
+        missing |= {d for d in ONLY_MOVED if str(d).startswith("torch.bits")}
+    for dtype in {*ONLY_MOVED, *unsigned} - missing:
         xs = torch.stack(SIX[:2]).to(RAW[dtype.itemsize])
         results, expected = (fcomm.simulate(lambda x: moves(x, axis, fcomm.sim), axis)(x) for x in (xs.view(dtype), xs))
         for what, y in results.items():

@@ -52,7 +52,23 @@ def ragged_all_to_all(
         output.shape[0],
         operand.shape[0],
     )
-    return torch.where(_column(received, output), y, output)
+    return _choose(received, y, output)
+
+
+def _choose(received: Tensor, y: Tensor, output: Tensor) -> Tensor:
+    """Rows of y where received, else of output. torch.where of 2.11 takes no unsigned integers, no bits, no float4."""
+    if output.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        # By index, not as integers of the same width: vmap of 2.11 has no rule for view(dtype).
+        rows = torch.arange(output.shape[0], device=output.device)
+        return torch.cat([y, output])[torch.where(received, rows, rows + output.shape[0])]
+    mask = _column(received, output)
+    try:
+        return torch.where(mask, y, output)
+    except NotImplementedError:
+        if output.dtype in REDUCED:
+            raise
+        carried = carrier(output.dtype)
+        return torch.where(mask, y.view(carried), output.view(carried)).view(output.dtype)
 
 
 def _check(operand: Tensor, output: Tensor, vectors: Sequence[Tensor], group: Group) -> None:
