@@ -19,7 +19,7 @@ try:
 except ImportError as error:  # no compiler was there when fcomm was installed
     native, why_no_native = None, str(error)
 
-# Below it glibc recycles memory by itself. A block of the pool costs half a microsecond more than one of torch, and peers
+# Below it glibc recycles memory by itself. A block of the pool costs half a microsecond more than torch's, and a peer
 # may write into it.
 POOLED_NBYTES = 64 << 10
 
