@@ -74,7 +74,7 @@ bool refused([[maybe_unused]] const fcomm_comm &c) {
 
 bool Direct::pays(std::size_t nbytes, std::size_t row_bytes) {
   // Below, a slot is as fast; and each row is a segment of its own, whose pages the kernel looks up.
-  constexpr std::size_t kLeast = 64 << 10, kLeastRow = 16 << 10;
+  constexpr std::size_t kLeast = 32 << 10, kLeastRow = 16 << 10;
   return always() || (nbytes >= kLeast && row_bytes >= kLeastRow);
 }
 

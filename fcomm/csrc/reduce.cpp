@@ -162,8 +162,8 @@ fcomm_status all_reduce(fcomm_comm &c, std::uint64_t print, const void *in_, voi
   // when the message comes from memory, and reading one's own half of it twice would cost more than waiting.
   const std::size_t small = std::max<std::size_t>(4 << 10, (512 << 10) / std::size_t(c.size * c.size));
   const bool one = nbytes <= small || (c.size == 2 && !past_caches(c, 2 * nbytes));
-  const std::size_t share = nbytes / std::size_t(c.size);  // to each peer
-  const bool could = kind == Kind::kAllReduce && Direct::pays(share, share);
+  const std::size_t half_share = nbytes / std::size_t(2 * c.size);  // the other half of the work goes through slots
+  const bool could = kind == Kind::kAllReduce && Direct::pays(half_share, half_share);
   Direct direct(c, out);
   bool opened = false;
   fcomm_status s = direct.agree(print, kind, nbytes, could, true, opened);
