@@ -31,6 +31,7 @@ class Record:
     inputs: tuple[str, ...]
     aux: tuple[str, ...]
     nonlinear: Callable[..., bool]
+    shape_of: tuple[str, ...]
     replicated: tuple[str, ...]
     busbw: Callable[[int], float] | None
     compose: Rule | None
@@ -105,6 +106,11 @@ def check_record(record: Record) -> None:
     for dim in record.dims:
         if ("int", dim) not in record.declared:
             raise refuse(f"dims names {dim!r}, which schema {record.schema!r} does not declare as 'int {dim}'; add it")
+    for value in record.shape_of:
+        if value not in record.inputs:
+            raise refuse(f"shape_of names {value!r}, which is not among inputs {record.inputs}; add it there")
+    if record.shape_of and record.nonlinear is not always_linear:
+        raise refuse("both nonlinear and shape_of are given; where nonlinear holds, vjp gets all tensors, so give one")
     for value in record.replicated:
         if value not in ("x", "y"):
             raise refuse(f"replicated names {value!r}; choose among 'x', the argument, and 'y', the result")
@@ -137,10 +143,11 @@ def _check_rules(record: Record, refuse: Callable[[str], FcommError]) -> None:
     tensors, inputs, aux, params = record.tensors, record.inputs, record.aux, record.params
     handles = ("group", "backend")
     whole = (*aux, *inputs, "y") if record.nonlinear is not always_linear else aux
+    residuals = (*whole, *record.shape_of)
     calls: Iterable[tuple[str, Any, Sequence[str], Sequence[str]]] = (
         ("spec", record.spec, tensors or ("index",), params),
         ("shape", record.shape, (*tensors, "group"), params),
-        ("vjp", record.vjp, ("ct", *handles), (*whole, *params)),
+        ("vjp", record.vjp, ("ct", *handles), (*residuals, *params)),
         ("jvp", record.jvp, (*(f"tangent of {name}" for name in inputs), *handles), (*whole, *params)),
         ("nonlinear", record.nonlinear, (), params),
         ("compose", record.compose, (*tensors, *handles), params),

@@ -75,6 +75,7 @@ def define(
     inputs: Sequence[str] = ("x",),
     aux: Sequence[str] = (),
     nonlinear: Callable[..., bool] | None = None,
+    shape_of: Sequence[str] = (),
     replicated: Sequence[str] = (),
     busbw: Callable[[int], float] | None = None,
     compose: Rule | None = None,
@@ -96,6 +97,8 @@ def define(
     jvp: "linear": the collective itself, applied to the tangents. Else jvp(tangent, group, backend, x=, y=, **params).
     dims: the parameters that are dimensions of x; vmap shifts them past its own.
     inputs, aux: names of the tensors that have a derivative, and of those that have none.
+    shape_of: names of inputs whose shape, dtype and device are all that vjp asks for. It gets them by keyword as
+        stand-ins without data, so that the caller may change or free the tensors before backward.
     replicated: "x" if the argument is one value replicated on all ranks (one cotangent for all, not one each), "y" if
         the result is; tests pair the derivative accordingly.
     busbw: size -> factor from algorithm to bus bandwidth (nccl-tests, doc/PERFORMANCE.md).
@@ -109,7 +112,7 @@ def define(
     """
     record = Record(
         name, schema, spec, shape, vjp, jvp, tuple(dims), tuple(inputs), tuple(aux), nonlinear or always_linear,
-        tuple(replicated), busbw, compose, batch, dtype,
+        tuple(shape_of), tuple(replicated), busbw, compose, batch, dtype,
     )  # fmt: skip
     check_record(record)
     if name in RECORDS:
@@ -487,6 +490,7 @@ _MACHINES = frozenset((_C.DispatchKey.CPU, _C.DispatchKey.CUDA, _C.DispatchKey.P
 def _node(record: Record, op: Any) -> Any:
     """The autograd node of a record: one functorch level of it, written with the record's vjp and jvp."""
     count, inputs = len(record.tensors), len(record.inputs)
+    places = [record.inputs.index(name) for name in record.shape_of]
 
     class Node(torch.autograd.function._SingleLevelFunction):
         # Private: what compiled autograd tells nodes apart by; torch.autograd.Function has it, its base has not.
@@ -503,7 +507,9 @@ def _node(record: Record, op: Any) -> Any:
             tensors, index, ctx.params, ctx.handles = args[:count], args[count], args[count + 1 : -2], args[-2:]
             ctx.nonlinear = record.nonlinear(**record.named(ctx.params))
             whole = (index, *tensors[inputs:], *tensors[:inputs], y)
-            ctx.save_for_backward(*(whole if ctx.nonlinear else whole[: len(record.aux) + 1]))
+            # Not detach(): it shares the version, and backward would refuse what was changed in place.
+            shapes = [tensors[i].new_empty(()).expand(tensors[i].shape) for i in places]
+            ctx.save_for_backward(*(whole if ctx.nonlinear else (*whole[: len(record.aux) + 1], *shapes)))
             if forward_mode:
                 ctx.save_for_forward(*whole)
             if not (y.is_floating_point() or y.is_complex()):
@@ -541,7 +547,7 @@ def _node(record: Record, op: Any) -> Any:
     def _bound_again(ctx: Any, whole: bool) -> Iterator[tuple[Group, Backend, dict[str, Tensor]]]:
         """The handles and saved tensors of a node; its axis is bound, since simulate may have returned long ago."""
         index, *saved = ctx.saved_tensors
-        names = (*record.aux, *((*record.inputs, "y") if whole else ()))
+        names = (*record.aux, *((*record.inputs, "y") if whole else record.shape_of))
         group_key, backend_name = ctx.handles
         with bound(group_key, index):
             yield (

@@ -61,6 +61,9 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("wrong_24", {"batch": lambda call: call}, r"called as batch\(call, size, in_dims, tensors\)"),
     ("wrong_25", {"dtype": "int64"}, "dtype is 'int64'; pass a torch.dtype"),
     ("wrong_26", {"aux": ("mask",)}, r"spec takes .* is called as spec\(x, mask, dim=\)"),
+    ("wrong_27", {"shape_of": ("y",)}, r"shape_of names 'y', which is not among inputs \('x',\); add it there"),
+    ("wrong_28", {"shape_of": ("x",), "nonlinear": lambda dim: True}, "both nonlinear and shape_of are given"),
+    ("wrong_29", {"shape_of": ("x",)}, r"vjp takes .* is called as vjp\(ct, group, backend, x=, dim=\)"),
 ]
 
 

@@ -81,9 +81,9 @@ define(
     schema="int dst",
     spec=lambda xs, dst: [x.clone() for x in xs],
     shape=lambda s, group, dst: (0,) if group.size > 1 else s,
-    # Detached: only its shape is used, and a tangent of it would ask for a message that nobody sends.
-    vjp=lambda ct, group, backend, dst, x, y: apply("recv", (ct, x.detach()), group, backend, dst),
-    nonlinear=lambda dst: True,
+    # A new tensor: a machine would lay the stand-in out.
+    vjp=lambda ct, group, backend, dst, x: apply("recv", (ct, x.new_empty(x.shape)), group, backend, dst),
+    shape_of=("x",),
     batch=_send_batch,
     busbw=lambda n: 1.0,
 )
@@ -94,9 +94,7 @@ def _recv_spec(afters: list[Tensor], likes: list[Tensor], src: int) -> list[Tens
     return [afters[(r + src) % n].clone() for r in range(n)]
 
 
-def _recv_vjp(
-    ct: Tensor, group: Group, backend: Backend, src: int, after: Tensor, like: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
+def _recv_vjp(ct: Tensor, group: Group, backend: Backend, src: int, after: Tensor) -> tuple[Tensor, Tensor]:
     # One token for a batch of messages, where `after` may be a batch of tokens.
     return apply("send", ct, group, backend, src).reshape(after.shape), torch.zeros_like(ct)
 
@@ -108,8 +106,8 @@ define(
     spec=_recv_spec,
     shape=lambda after, like, group, src: like,
     vjp=_recv_vjp,
-    # It saves tensors as send does: a checkpoint's second forward ends with the last one saved, and between a send and
-    # its recv it would leave a message behind.
-    nonlinear=lambda src: True,
+    # For the shape, and because send saves a tensor: a checkpoint's second forward ends with the last one saved, and
+    # between a send and its recv it would leave a message behind.
+    shape_of=("after",),
     busbw=lambda n: 1.0,
 )

@@ -1,0 +1,81 @@
+"""send and recv: messages that come late, that are changed in place, that have many dimensions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fcomm
+from fcomm.testing import run_ranks
+
+# A message may come much later than its receiver waits for it: longer than a waiting rank's looks around.
+
+
+def _late(world: fcomm.Group, backend: str) -> Tensor:
+    handles = world, getattr(fcomm, backend)
+    x = fcomm.all_reduce(torch.ones(3), *handles)
+    if world.rank == 0:
+        time.sleep(1.0)
+        fcomm.send(x, *handles, dst=1)
+        return x
+    return fcomm.recv(torch.zeros(3), *handles, src=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "c10d"])
+def test_a_late_message_arrives(backend: str) -> None:
+    for x in fcomm.run(_late, 2, backend):
+        torch.testing.assert_close(x, torch.full((3,), 2.0))
+
+
+# --- changed in place: the rules read no data, so what is sent, received and given as like is the caller's again ------
+
+
+def _changed(x: Tensor, on: tuple[fcomm.Group, fcomm.Backend]) -> Tensor:
+    """3 * the neighbour's 2x, with every tensor of the calls overwritten after them."""
+    sent, like = 2 * x, torch.zeros_like(x)
+    token = fcomm.send(sent, *on)
+    received = fcomm.recv(like, *on, after=token)
+    sent.fill_(torch.nan)
+    like.fill_(torch.nan)
+    return received.mul_(3)
+
+
+def _derivatives(fn: Callable[..., Tensor], x: Tensor, on: tuple[fcomm.Group, fcomm.Backend]) -> list[Tensor]:
+    x.requires_grad_()
+    y = fn(x, on)
+    (g,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+    (h,) = torch.autograd.grad((g**2).sum(), x, retain_graph=True)
+    (each,) = torch.autograd.grad(g, x, torch.eye(len(x)), is_grads_batched=True)
+    return [y.detach(), g.detach(), h, each]
+
+
+def check_changed(world: fcomm.Group, backend: str) -> list[str]:
+    on, rank = (world, getattr(fcomm, backend)), world.rank or 0
+    own, left = torch.full((3,), rank + 1.0), torch.full((3,), (rank - 1) % world.size + 1.0)
+    expected = [6 * left, 72 * own, 2 * 72**2 * own, 72 * torch.eye(3)]
+    for text, fn in (("eager", _changed), ("compiled", torch.compile(_changed, fullgraph=True, backend="aot_eager"))):
+        x = own.clone().requires_grad_()
+        y = fn(x, on)
+        (y**2).sum().backward()
+        torch.testing.assert_close([y.detach(), x.grad], expected[:2], msg=lambda m, text=text: f"{text}: {m}")
+    torch.testing.assert_close(_derivatives(_changed, own.clone(), on), expected)
+    return []
+
+
+@pytest.mark.parametrize("backend", ["cpu", "c10d"])
+def test_messages_changed_in_place_have_a_derivative(backend: str) -> None:
+    run_ranks(check_changed, 3, backend, timeout_s=100)
+
+
+def test_simulated_messages_changed_in_place_have_a_derivative() -> None:
+    axis = fcomm.axis("ring", 3)
+    x = torch.arange(1.0, 4.0)[:, None].expand(3, 2).clone().requires_grad_()
+    y = fcomm.simulate(lambda x: _changed(x, (axis, fcomm.sim)), axis)(x)
+    (g,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+    torch.testing.assert_close(y.detach(), 6 * x.detach().roll(1, 0))
+    torch.testing.assert_close(g.detach(), 72 * x.detach())
+    torch.testing.assert_close(torch.autograd.grad((g**2).sum(), x)[0], 2 * 72**2 * x.detach())
