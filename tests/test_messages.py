@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fcomm
+from fcomm.backends.pool import native
 from fcomm.testing import run_ranks
 
 # A message may come much later than its receiver waits for it: longer than a waiting rank's looks around.
@@ -79,3 +80,31 @@ def test_simulated_messages_changed_in_place_have_a_derivative() -> None:
     torch.testing.assert_close(y.detach(), 6 * x.detach().roll(1, 0))
     torch.testing.assert_close(g.detach(), 72 * x.detach())
     torch.testing.assert_close(torch.autograd.grad((g**2).sum(), x)[0], 2 * 72**2 * x.detach())
+
+
+# --- more dimensions than the engine of fcomm.cpu carries: 16 -----------------------------------------------------
+
+
+def _many(*lengths: int) -> Tensor:
+    """17 dimensions or more: 14 of length 1, then those."""
+    return torch.arange(24.0).reshape(*[1] * 14, *lengths)
+
+
+def check_many(world: fcomm.Group) -> list[str]:
+    for shape in ((4, 6), (2, 3, 4), (2, 1, 3, 4), (1,) * 40 + (24,)):
+        x = _many(*shape)
+        token = fcomm.send(x + (world.rank or 0), world, fcomm.cpu)
+        y = fcomm.recv(x, world, fcomm.cpu, after=token)
+        torch.testing.assert_close(y, x + 1 - (world.rank or 0))
+    if world.rank == 0:
+        fcomm.send(_many(2, 3, 4), world, fcomm.cpu)
+        return []
+    with pytest.raises(fcomm.MismatchError) as caught:
+        fcomm.recv(_many(2, 4, 3), world, fcomm.cpu)
+    lengths = ", ".join(["1"] * 14)
+    return [] if f"sent='float32[{lengths}, 2, ...]'" in str(caught.value) else [str(caught.value)]
+
+
+@pytest.mark.skipif(native is None, reason="the engine is not built; torch.distributed's errors have other words")
+def test_messages_of_many_dimensions_arrive_and_are_compared() -> None:
+    run_ranks(check_many, 2, timeout_s=60)

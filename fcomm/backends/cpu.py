@@ -323,9 +323,25 @@ def _scatter(x: Tensor, group: Group, handle: Any, *, src: int, dim: int) -> Cal
 
 # --- one edge, and none -------------------------------------------------------------------------------------------
 
+# A message's signature is its dtype and shape, of which the engine carries this many lengths: FCOMM_MAX_DIMS.
+_MOST_DIMS = 16
+
+
+def _folded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape of more dimensions than a signature holds: its first lengths, and for the others a negative number."""
+    rest = shape[_MOST_DIMS - 1 :]
+    return *shape[: _MOST_DIMS - 1], ~(hash(rest) & (2**63 - 1))
+
+
+def _shown(dims: Sequence[int]) -> str:
+    """The shape of a signature, as far as it says it."""
+    lengths = [str(d) for d in dims]
+    return f"[{', '.join([*lengths[:-1], '...'] if dims and dims[-1] < 0 else lengths)}]"
+
 
 def _send(x: Tensor, group: Group, handle: Any, *, dst: int) -> Called:
-    signature = _CODES[x.dtype][0], tuple(x.shape)
+    shape = tuple(x.shape)
+    signature = _CODES[x.dtype][0], shape if len(shape) <= _MOST_DIMS else _folded(shape)
     return native.send(x.data_ptr(), x.nbytes, signature, dst, handle), torch.empty(0, dtype=x.dtype)
 
 
@@ -335,11 +351,12 @@ def _recv(after: Tensor, like: Tensor, group: Group, *, src: int) -> Tensor:
         return c10d.lowerings["recv"](after, like, group, src=src)
     code, width = _CODES[like.dtype]
     y = _new(like.shape, like, width)
-    signature = code, tuple(like.shape)
+    shape = tuple(like.shape)
+    signature = code, shape if len(shape) <= _MOST_DIMS else _folded(shape)
     status, *sent = native.recv(y.data_ptr(), like.nbytes, signature, src, c.handle)
     if status:
         # Here alone the two sides are known at once.
-        words = {"sent": f"{name_of(sent[0])}{list(sent[1])}"} if status == MISMATCH and sent[0] >= 0 else {}
+        words = {"sent": f"{name_of(sent[0])}{_shown(sent[1])}"} if status == MISMATCH and sent[0] >= 0 else {}
         raise _error(status, "recv", like, c, {"src": src, **words})
     return y
 
