@@ -21,7 +21,7 @@ class FcommError(RuntimeError):
 
 
 class ArgumentError(FcommError, ValueError):
-    """An argument has a value that the collective cannot take; nothing was sent."""
+    """An argument has a value that the function cannot take; nothing was sent."""
 
 
 class RendezvousError(FcommError):

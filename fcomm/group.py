@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError, FcommError
 
 Lowering = Callable[..., Tensor]
 
@@ -137,7 +137,7 @@ def axis(name: str, size: int) -> Group:
     Raises FcommError unless name is a non-empty string and size a positive int.
     """
     if not isinstance(name, str) or not name:
-        raise FcommError(f"axis: name is {name!r}; pass a non-empty string")
+        raise ArgumentError(f"axis: name is {name!r}; pass a non-empty string")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise FcommError(f"axis: size of '{name}' is {size!r}; pass a positive int")
+        raise ArgumentError(f"axis: size of '{name}' is {size!r}; pass a positive int")
     return register_group(Group(name, tuple(range(size)), None, simulated=True))

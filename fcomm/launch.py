@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fcomm.bootstrap import loopback_store
-from fcomm.errors import CollectiveTimeoutError, FcommError, GroupPoisonedError, PeerDiedError
+from fcomm.errors import ArgumentError, CollectiveTimeoutError, FcommError, GroupPoisonedError, PeerDiedError
 from fcomm.rendezvous import check_timeout, close, init
 
 # After the first failure the other ranks get this long to fail by themselves, so that their errors can be shown too.
@@ -49,7 +49,7 @@ def run(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0)
     in both cases, and on KeyboardInterrupt, every process that was started is gone when it raises.
     """
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise FcommError(f"run: size is {size!r}; pass a positive int")
+        raise ArgumentError(f"run: size is {size!r}; pass a positive int")
     check_timeout("run", timeout_s)
     if mp.current_process().name.startswith("fcomm-rank-") and not _in_rank:
         # This process reads the script to find fn in it. Starting ranks here would start ranks without end.
@@ -92,11 +92,11 @@ def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
         raise TypeError(f"run: fn is {fn!r}; pass a function fn(world, *args)")
     main = sys.modules["__main__"]
     if getattr(fn, "__module__", None) == "__main__" and not os.path.isfile(getattr(main, "__file__", None) or ""):
-        raise FcommError(f"run: {name} is not in a file, where the ranks could import it; put it into a module")
+        raise ArgumentError(f"run: {name} is not in a file, where the ranks could import it; put it into a module")
     try:
         return pickle.dumps((fn, args))
     except Exception as error:
-        raise FcommError(
+        raise ArgumentError(
             f"run: {name} or its arguments cannot be pickled ({error}); "
             "pass a function defined at the top of a module, and what it closes over as arguments"
         ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError
 
 Rule = Callable[..., Any]
 
@@ -86,13 +86,15 @@ _TAKEN = ("index", "group", "backend", "ct", "y")
 
 
 def check_record(record: Record) -> None:
-    """Raise FcommError for the first thing in a record that no collective can have; it has not been registered."""
+    """Raise ArgumentError for the first thing in a record that no collective can have; it has not been registered."""
 
-    def refuse(text: str) -> FcommError:
-        return FcommError(f"define: {record.name}: {text}", op=record.name)
+    def refuse(text: str) -> ArgumentError:
+        return ArgumentError(f"define: {record.name}: {text}", op=record.name)
 
     if not isinstance(record.name, str) or not _is_name(record.name):
-        raise FcommError(f"define: name is {record.name!r}; pass a Python identifier, it becomes the op fcomm::<name>")
+        raise ArgumentError(
+            f"define: name is {record.name!r}; pass a Python identifier, it becomes the op fcomm::<name>"
+        )
     for part in _parts(record.schema):
         kind, _, name = part.rpartition(" ")
         if "=" in part:
@@ -127,7 +129,7 @@ def _is_name(name: str) -> bool:
     return name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_")
 
 
-def _check_names(record: Record, refuse: Callable[[str], FcommError]) -> None:
+def _check_names(record: Record, refuse: Callable[[str], ArgumentError]) -> None:
     seen: set[str] = set(_TAKEN)
     for what, names in (("inputs", record.inputs), ("aux", record.aux), ("schema", record.params)):
         for name in names:
@@ -138,7 +140,7 @@ def _check_names(record: Record, refuse: Callable[[str], FcommError]) -> None:
             seen.add(name)
 
 
-def _check_rules(record: Record, refuse: Callable[[str], FcommError]) -> None:
+def _check_rules(record: Record, refuse: Callable[[str], ArgumentError]) -> None:
     """Every rule must be a function that can be called as it will be."""
     tensors, inputs, aux, params = record.tensors, record.inputs, record.aux, record.params
     handles = ("group", "backend")
@@ -165,7 +167,7 @@ def _check_rules(record: Record, refuse: Callable[[str], FcommError]) -> None:
 
 
 def _check_signature(
-    what: str, rule: Rule, by_position: Sequence[str], by_keyword: Sequence[str], refuse: Callable[[str], FcommError]
+    what: str, rule: Rule, by_position: Sequence[str], by_keyword: Sequence[str], refuse: Callable[[str], ArgumentError]
 ) -> None:
     try:
         signature = inspect.signature(rule)

@@ -34,7 +34,7 @@ from torch import _C, Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError, FcommError
 from fcomm.group import BACKENDS, FOUND, GRAPH_KEYS, GROUPS, Backend, Group, forget_found
 from fcomm.record import Record, Rule, always_linear, check_record
 from fcomm.rendezvous import live
@@ -116,7 +116,7 @@ def define(
     )  # fmt: skip
     check_record(record)
     if name in RECORDS:
-        raise FcommError(
+        raise ArgumentError(
             f"define: '{name}' is defined already, by {RECORDS[name].spec.__module__}; choose another name, since "
             "graphs compiled with the first rules would keep them"
         )

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from fcomm.bootstrap import Place, digest, join, launcher_place
-from fcomm.errors import FcommError, GroupClosedError
+from fcomm.errors import ArgumentError, FcommError, GroupClosedError
 from fcomm.group import Group, forget_group, register_group
 
 T = TypeVar("T")
@@ -135,9 +135,9 @@ atexit.register(_close_at_exit)
 
 
 def check_timeout(function: str, timeout_s: float) -> float:
-    """timeout_s as a float; raises FcommError unless it is a positive, finite number."""
+    """timeout_s as a float; raises ArgumentError unless it is a positive, finite number."""
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
-        raise FcommError(f"{function}: timeout_s is {timeout_s!r}; pass a positive, finite number of seconds")
+        raise ArgumentError(f"{function}: timeout_s is {timeout_s!r}; pass a positive, finite number of seconds")
     return float(timeout_s)
 
 
@@ -179,9 +179,9 @@ def stateless_group(
     timeout_s = check_timeout("stateless_group", timeout_s)
     for option, value in (("port", port), ("rank", rank), ("size", size)):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise FcommError(f"stateless_group: {option} of '{name}' is {value!r}; pass an int")
+            raise ArgumentError(f"stateless_group: {option} of '{name}' is {value!r}; pass an int")
     if not 0 <= rank < size:
-        raise FcommError(
+        raise ArgumentError(
             f"stateless_group: rank of '{name}' is {rank}, not in 0 .. {size - 1}; pass this process's own rank"
         )
     _check_free("stateless_group", name)
@@ -207,7 +207,7 @@ def from_process_group(
             "from_process_group: torch.distributed is not initialised; call init_process_group or fcomm.init"
         )
     if not isinstance(pg, dist.ProcessGroup):
-        raise FcommError(
+        raise ArgumentError(
             f"from_process_group: '{name}' got {pg!r}, not a ProcessGroup that this process is a member of"
         )
     ranks = tuple(dist.get_process_group_ranks(pg))
@@ -215,7 +215,7 @@ def from_process_group(
     prefix = f"fcomm/pg/{pg.group_name}/{name}/{digest(ranks)}"
     of_pg = pg.get_group_store()
     if of_pg is None:
-        raise FcommError(
+        raise ArgumentError(
             f"from_process_group: '{name}' is a ProcessGroup without a store, as those of threads are; ranks are "
             "processes, or those of a simulated axis: fcomm.simulate"
         )
@@ -232,9 +232,9 @@ def from_device_mesh(
     """
     names = mesh.mesh_dim_names or ()
     if dim is None and mesh.ndim != 1:
-        raise FcommError(f"from_device_mesh: the mesh has dimensions {names or mesh.ndim}; name one of them")
+        raise ArgumentError(f"from_device_mesh: the mesh has dimensions {names or mesh.ndim}; name one of them")
     if isinstance(dim, str) and dim not in names:
-        raise FcommError(f"from_device_mesh: the mesh has no dimension {dim!r}; it has {names}")
+        raise ArgumentError(f"from_device_mesh: the mesh has no dimension {dim!r}; it has {names}")
     index = 0 if dim is None else names.index(dim) if isinstance(dim, str) else dim
     default = names[index] if names else f"mesh{index}"
     return from_process_group(mesh.get_group(index), name=name or default, timeout_s=timeout_s)
@@ -253,11 +253,13 @@ def subgroup(parent: Group, ranks: Sequence[int], *, name: str, timeout_s: float
     members = tuple(ranks)
     for r in members:
         if not isinstance(r, int) or isinstance(r, bool) or not 0 <= r < parent.size:
-            raise FcommError(f"subgroup: rank {r!r} of '{name}' is not in group '{parent.name}' of size {parent.size}")
+            raise ArgumentError(
+                f"subgroup: rank {r!r} of '{name}' is not in group '{parent.name}' of size {parent.size}"
+            )
     if not members or len(set(members)) != len(members):
-        raise FcommError(f"subgroup: ranks of '{name}' are {list(members)}; pass each member once, at least one")
+        raise ArgumentError(f"subgroup: ranks of '{name}' are {list(members)}; pass each member once, at least one")
     if parent.simulated:
-        raise FcommError(f"subgroup: '{parent.name}' is a simulated axis; nest axes, fcomm.axis('{name}', size)")
+        raise ArgumentError(f"subgroup: '{parent.name}' is a simulated axis; nest axes, fcomm.axis('{name}', size)")
     owner = live(parent, "subgroup")
     _check_free("subgroup", name)
     world_ranks = tuple(parent.ranks[r] for r in members)
@@ -274,7 +276,7 @@ def split(parent: Group, size: int, *, name: str) -> Group:
     """This process's block when parent is cut into consecutive blocks of `size` ranks; all blocks share the name."""
     _check_parent("split", parent)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1 or parent.size % size:
-        raise FcommError(
+        raise ArgumentError(
             f"split: size is {size!r}, but group '{parent.name}' has {parent.size} ranks; "
             f"pass a divisor of {parent.size}"
         )
@@ -292,7 +294,7 @@ def mesh(parent: Group, **sizes: int) -> dict[str, Group]:
     _check_parent("mesh", parent)
     wrong = [f"{name}={size!r}" for name, size in sizes.items() if type(size) is not int or size < 1]
     if wrong or math.prod(sizes.values()) != parent.size or not sizes:
-        raise FcommError(
+        raise ArgumentError(
             f"mesh: the sizes are {sizes}, but group '{parent.name}' has {parent.size} ranks; "
             f"pass positive ints whose product is {parent.size}"
         )
@@ -333,7 +335,7 @@ def _check_parent(function: str, parent: Group) -> None:
 
 def _check_free(function: str, name: str) -> None:
     if not isinstance(name, str) or not name:
-        raise FcommError(f"{function}: name is {name!r}; pass a non-empty string, the same on every rank")
+        raise ArgumentError(f"{function}: name is {name!r}; pass a non-empty string, the same on every rank")
     record = _LIVE.get(name)
     if record is not None and record.pid == os.getpid():
         raise FcommError(

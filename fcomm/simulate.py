@@ -11,7 +11,7 @@ from torch import Tensor
 # Private: torch.vmap takes in_dims shaped like its arguments, and torch has no public way to walk them.
 from torch.utils import _pytree as pytree
 
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError, FcommError
 from fcomm.group import Group
 from fcomm.registration import bound, is_bound
 
@@ -30,7 +30,7 @@ def simulate(fn: Callable[..., Any], axis: Group, *, randomness: str = "error") 
     Raises FcommError if axis is not simulated, is already bound, or a tensor's leading dimension is not its size.
     """
     if not isinstance(axis, Group) or not axis.simulated:
-        raise FcommError(f"simulate: axis is {axis!r}; pass a simulated group, fcomm.axis('tp', 4)")
+        raise ArgumentError(f"simulate: axis is {axis!r}; pass a simulated group, fcomm.axis('tp', 4)")
     key, size = axis.key, axis.size
 
     def one_rank(index: Tensor, args: Any, kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ def simulate(fn: Callable[..., Any], axis: Group, *, randomness: str = "error") 
         if not isinstance(x, Tensor):
             return None
         if x.dim() == 0 or x.shape[0] != size:
-            raise FcommError(
+            raise ArgumentError(
                 f"simulate: an argument has shape {tuple(x.shape)}; stack the values of the {size} ranks of "
                 f"'{axis.name}' in its leading dimension, or close over a value that all ranks share"
             )

@@ -237,7 +237,7 @@ def test_a_function_that_is_in_no_file(tmp_path: Path) -> None:
     assert (
         done.stderr.strip()
         .splitlines()[-1]
-        .endswith("FcommError: run: f is not in a file, where the ranks could import it; put it into a module")
+        .endswith("ArgumentError: run: f is not in a file, where the ranks could import it; put it into a module")
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fcomm.arithmetic import FLOAT8, check_op, fold
 from fcomm.collectives.exchange import all_to_all
 from fcomm.dtypes import REDUCED, carrier
-from fcomm.errors import ArgumentError, FcommError
+from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, check_call, define
 
@@ -166,7 +166,7 @@ def _compose(
     starts, sends, lands, recvs = torch.stack([input_offsets, send_sizes, landing, recv_sizes]).tolist()
     for what, offsets, lengths, limit in (("send", starts, sends, x.shape[0]), ("recv", lands, recvs, rows)):
         if any(o < 0 or d < 0 or o + d > limit for o, d in zip(offsets, lengths, strict=True) if d):
-            raise FcommError(
+            raise ArgumentError(
                 f"ragged_all_to_all: {what} offsets {offsets} with sizes {lengths} leave the {limit} rows there are; "
                 f"correct them on group '{group.name}'"
             )

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from fcomm.collectives import all_reduce_invariant, axis_index, broadcast, ppermute, recv, send
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 
 Params = Mapping[str, Tensor]
@@ -92,7 +92,9 @@ def one_f_one_b(
     Raises FcommError on a simulated axis.
     """
     if group.simulated or group.rank is None:
-        raise FcommError(f"one_f_one_b: '{group.name}' is not a group of processes that this one belongs to; use gpipe")
+        raise ArgumentError(
+            f"one_f_one_b: '{group.name}' is not a group of processes that this one belongs to; use gpipe"
+        )
     rank, last = group.rank, group.rank == group.size - 1
     total = micro.new_zeros((), dtype=torch.promote_types(micro.dtype, torch.float32))
     gradient = {name: torch.zeros_like(p) for name, p in params.items()}

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fcomm.collectives import all_to_all, axis_index, ppermute
-from fcomm.errors import FcommError
+from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 from fcomm.layers.attend import Attend, attention_scores, causal_mask, dot_product_attention, repeat_heads
 
@@ -149,12 +149,12 @@ def ring_attention(
     Traffic: n-1 ppermutes of k and v together.
     """
     if zigzag and (sizes is not None or q.shape[1] % 2):
-        raise FcommError(
+        raise ArgumentError(
             f"ring_attention: zigzag=True with {q.shape[1]} positions on a rank and sizes={sizes}; it needs 2n equal "
             f"blocks on group '{group.name}' of size {group.size}: pad, or pass zigzag=False"
         )
     if sizes is not None and (len(sizes) != group.size or min(sizes) < 1 or max(sizes) != q.shape[1]):
-        raise FcommError(
+        raise ArgumentError(
             f"ring_attention: sizes is {list(sizes)} and q.shape[1] {q.shape[1]}; group '{group.name}' of size "
             f"{group.size} needs a length >= 1 for each rank, and every rank pads to the longest"
         )
@@ -180,7 +180,7 @@ def zigzag_order(length: int, n: int) -> Tensor:
     zigzag_order(8, 2) == [0 1 6 7 | 2 3 4 5]
     """
     if length % (2 * n):
-        raise FcommError(f"zigzag_order: length is {length}, not divisible into 2n = {2 * n} blocks; pad it")
+        raise ArgumentError(f"zigzag_order: length is {length}, not divisible into 2n = {2 * n} blocks; pad it")
     blocks = torch.arange(length).reshape(2 * n, -1)
     return torch.stack([blocks[:n], blocks.flip(0)[:n]], 1).reshape(-1)
 
