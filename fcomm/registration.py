@@ -158,7 +158,7 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
 def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Backend) -> None:
     """Raise if the handles or the tensors cannot take part in any collective."""
     if not isinstance(group, Group):
-        raise TypeError(f"{name}: group is {group!r}; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...")
+        raise not_a_group(name, group)
     if not isinstance(backend, Backend):
         raise TypeError(f"{name}: backend is {backend!r}; pass a Backend, such as fcomm.cpu, fcomm.c10d or fcomm.sim")
     if group.simulated != (backend.name == "sim"):
@@ -185,6 +185,11 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
                 f"{name}: x is on device '{device}', but backend '{backend.name}' takes "
                 f"{' or '.join(backend.devices)}; move x or choose another backend for group '{group.name}'"
             )
+
+
+def not_a_group(name: str, group: object) -> TypeError:
+    """The error of a call whose group is none."""
+    return TypeError(f"{name}: group is {group!r}; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...")
 
 
 def refuse_nested(name: str) -> NoReturn:

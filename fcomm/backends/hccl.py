@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fcomm.backends import ccall, library
 from fcomm.backends.ccall import Library, Symbol
-from fcomm.backends.lowering import table
+from fcomm.backends.lowering import backend_on, table
 from fcomm.backends.machine import LOG, Comm, Machine
 from fcomm.backends.vendors import hccl
-from fcomm.group import BACKENDS, Backend, Lowering, register_backend
+from fcomm.group import Backend, Lowering
 
 # --- declarations -------------------------------------------------------------------------------------------------
 
@@ -464,12 +464,7 @@ def open(library: str | os.PathLike[str] | None = None, device: str = "npu") -> 
     Raises BackendUnavailableError if there is no such library, or its path is not safe (fcomm/backends/library.py).
     """
     lib = load(library)
-    if library is None and device == "npu":
-        return hccl
-    name = f"hccl@{device}:{lib.path}"
-    if name not in BACKENDS:
-        register_backend(Backend(name, devices=(device,), lowerings=table(_machine(name, lambda: lib))))
-    return BACKENDS[name]
+    return hccl if library is None and device == "npu" else backend_on(lib, device, _machine)
 
 
 def lowerings() -> dict[str, Lowering]:

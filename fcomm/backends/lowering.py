@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fcomm.arithmetic import fold
+from fcomm.backends.ccall import Library
 from fcomm.backends.communicator import issue, team
 from fcomm.backends.failure import raise_failure
 from fcomm.backends.later import send_later
@@ -35,12 +36,20 @@ from fcomm.backends.rows import (
 from fcomm.collectives.exchange import pairs
 from fcomm.collectives.reductions import scan_spec
 from fcomm.errors import FcommError
-from fcomm.group import Group, Lowering
+from fcomm.group import BACKENDS, Backend, Group, Lowering, register_backend
 
 
 def table(machine: Machine) -> dict[str, Lowering]:
     """The machine's lowerings, by collective."""
     return {name: partial(lowering, machine) for name, lowering in _LOWERINGS.items()}
+
+
+def backend_on(lib: Library, device: str, machine: Callable[[str, Callable[[], Library]], Machine]) -> Backend:
+    """The backend on a library, registered at the first call: ranks and graphs know it by the library's path."""
+    name = f"{lib.name}@{device}:{lib.path}"
+    if name not in BACKENDS:
+        register_backend(Backend(name, devices=(device,), lowerings=table(machine(name, lambda: lib))))
+    return BACKENDS[name]
 
 
 def _call(m: Machine, name: str, x: Tensor, group: Group, fn: Callable[[Comm], None]) -> None:

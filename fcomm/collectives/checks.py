@@ -11,7 +11,7 @@ from torch import Tensor
 from fcomm.arithmetic import OPS, check_op
 from fcomm.errors import ArgumentError
 from fcomm.group import Group
-from fcomm.registration import holds, refuse_nested
+from fcomm.registration import holds, not_a_group, refuse_nested
 
 
 def is_tensor(name: str, option: str, x: object) -> None:
@@ -23,7 +23,7 @@ def is_tensor(name: str, option: str, x: object) -> None:
 def is_group(name: str, group: object) -> None:
     """group must be a Group."""
     if not isinstance(group, Group):
-        raise TypeError(f"{name}: group is {group!r}; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...")
+        raise not_a_group(name, group)
 
 
 def op_of(name: str, op: str, x: Tensor, allowed: Sequence[str] = OPS) -> None:
