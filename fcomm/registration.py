@@ -561,6 +561,9 @@ def _node(record: Record, op: Any) -> Any:
                 dict(zip(names, saved, strict=True)),
             )
 
+    # Private: the class of the nodes in the graph, whose name printed tensors, profiles and anomaly mode show.
+    shown: Any = Node._backward_cls
+    shown.__name__ = shown.__qualname__ = f"{record.name.title().replace('_', '')}Backward"
     return Node
 
 

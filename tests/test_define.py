@@ -158,3 +158,10 @@ def test_it_in_processes(size: int, compiler: str | None) -> None:
 def test_it_compiled() -> None:
     some = ("forward", "grad", "jvp", "vmap of grad", "vjp of vjp")
     assert not check_case(MASKED_MEAN, fcomm.sim, fcomm.axis("ranks", 3), some, compiler="aot_eager")
+
+
+def test_a_node_of_the_graph_is_named_by_its_collective() -> None:
+    world = fcomm.init(name="alone")
+    x = torch.ones(3, requires_grad=True)
+    assert "grad_fn=<MaskedMeanBackward>" in str(masked_mean(x, torch.ones(3), world, fcomm.c10d))
+    fcomm.close(world)
