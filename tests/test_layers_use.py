@@ -429,6 +429,27 @@ def test_attention_is_scaled_dot_product_attention(name: str, causal: bool) -> N
     assert not differences(got, [parts(x) for x in wanted(q, k, v, ct, t)], name)
 
 
+def check_few_heads(world: fcomm.Group) -> list[str]:
+    """On three ranks the last one gets none of two query heads, which share a key head."""
+    xs = [draw(2, 6, heads, 3, seed=s) for s, heads in ((1, 2), (2, 1), (3, 1))]
+    ct = draw(2, 6, 2, 3, seed=4)
+    y, pull = vjp(lambda q, k, v: dense.sdpa(q, k, v, causal=True), *xs)
+    got, pull_got = vjp(
+        partial(layers.ulysses_attention, group=world, backend=fcomm.c10d, causal=True),
+        *(x.chunk(3, 1)[world.rank or 0] for x in xs),
+    )
+    pairs = zip((got, *pull_got(ct.chunk(3, 1)[world.rank or 0])), (y, *pull(ct)), strict=True)
+    return [f"{a} is not {b}" for a, b in ((a, b.chunk(3, 1)[world.rank or 0]) for a, b in pairs) if not close(a, b)]
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b)
+
+
+def test_a_rank_may_get_no_heads() -> None:
+    run_ranks(check_few_heads, 3, timeout_s=60)
+
+
 # --- sharded parameters on dp x tp --------------------------------------------------------------------------------
 
 

@@ -95,22 +95,18 @@ def _key_heads(own: Sequence[int], r: int, share: int) -> slice:
 
 def _own_heads(
     own: Sequence[int], used: Sequence[slice], share: int, group: Group, backend: Backend
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Where a rank's query heads, and the key and value head of each, are among the heads it received."""
-    tables: list[list[list[int]]] = [[], [], []]
     width = max(own) if group.simulated else own[group.rank or 0]
+    places = []
     for r, keys in enumerate(used):
         first = sum(own[:r])
-        key = [(first + i) // share - keys.start for i in range(own[r])]
-        for table, row in zip(
-            tables,
-            (range(own[r]), [own[r] + j for j in key], [own[r] + keys.stop - keys.start + j for j in key]),
-            strict=True,
-        ):
-            # Simulated ranks have one shape: a rank with fewer heads repeats its first, which nobody reads.
-            table.append(([*row] + [0] * width)[:width])
-    q, k, v = (own_row(torch.tensor(table), axis_index(group, backend)) for table in tables)
-    return q, k, v
+        q = [*range(own[r])]
+        k = [own[r] + (first + i) // share - keys.start for i in q]
+        v = [i + keys.stop - keys.start for i in k]
+        # Simulated ranks have one shape: a rank with fewer heads repeats its first, which nobody reads.
+        places.append([(heads + [0] * width)[:width] for heads in (q, k, v)])
+    return own_row(torch.tensor(places, dtype=torch.int64), axis_index(group, backend)).unbind(0)
 
 
 def own_row(table: Tensor, index: Tensor) -> Tensor:
