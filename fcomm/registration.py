@@ -365,12 +365,10 @@ def _shorten_inductor_call(op: Any) -> None:
 
     def call_machine(*args: Any, **kwargs: Any) -> Any:
         result = call_op(*args, **kwargs)
-        ours: Any = _OPS.values()
-        operations: Any = reversed(V.graph.operations)
-        made = [n for n in operations if getattr(n, "op_overload", None) in ours]
-        if not made:
+        operations: Any = V.graph.operations
+        *earlier, node = [n for n in operations if getattr(n, "op_overload", None) in _OPS.values()] or [None]
+        if node is None:
             return result
-        node, *earlier = made
         if not V.graph.cpp_wrapper:
             node.get_kernel_name = lambda: _name_in_module(V.graph.wrapper_code, direct)
         output = result.data.data
@@ -381,15 +379,23 @@ def _shorten_inductor_call(op: Any) -> None:
         if V.graph.is_backward and V.graph.current_node.meta.get("partitioner_tag") == "is_forward":
             # A call of forward, which the backward graph holds for its result: without a use it is not made again.
             node.has_side_effects = lambda: False
-        for before in earlier if hasattr(V.graph, "additional_buffer_deps") else ():
-            # What the scheduler knows of order, beside data. Without it, calls that do not depend on each other are
-            # generated in any order.
-            V.graph.additional_buffer_deps[node.get_operation_name()].add(before.get_name())
-            if before.has_side_effects():
-                break
+        _keep_behind(V.graph, node, earlier)
         return result
 
     lowering.register_lowering(op, type_promotion_kind=None)(call_machine)
+
+
+def _keep_behind(graph: Any, node: Any, earlier: Sequence[Any]) -> None:
+    """Have the call of node generated behind the earlier ones, back to the last that is made in any case.
+
+    The scheduler orders by data alone: calls that do not depend on each other are generated in any order.
+    """
+    # Private: what the scheduler knows of order, beside data. Without it, calls may be reordered.
+    if hasattr(graph, "additional_buffer_deps"):
+        for before in reversed(earlier):
+            graph.additional_buffer_deps[node.get_operation_name()].add(before.get_name())
+            if before.has_side_effects():
+                break
 
 
 def _name_in_module(wrapper: Any, dotted: str) -> str:

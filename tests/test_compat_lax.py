@@ -241,7 +241,7 @@ def test_under_vmap_and_compiled() -> None:
         (lambda x: lax.all_to_all(x, *HANDLES, 0, 0), r"all_to_all: x.shape\[0\] is 6"),
         (lambda x: lax.all_to_all(x, *HANDLES, 0, 0, tiled=True), "not divisible by group 'i' of size 4"),
         (lambda x: lax.psum_scatter(x, *HANDLES), r"reduce_scatter: x.shape\[0\] is 6"),
-        (lambda x: lax.all_gather(x, *HANDLES, axis=3), "all_gather: dim is 3"),
+        (lambda x: lax.all_gather(x, *HANDLES, axis=3), "all_gather: axis is 3"),
         (lambda x: lax.all_gather(x, *HANDLES, to="elsewhere"), "to is 'elsewhere'"),
         (lambda x: lax.ppermute(x, *HANDLES, [(0, 1), (1, 1)]), "destination 1 twice"),
         (lambda x: lax.pshuffle(x, *HANDLES, [0, 0, 1, 2]), "does not represent a permutation"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from fcomm.errors import BackendError, BackendPeerError, BackendTimeoutError, BackendUnavailableError
 
@@ -77,7 +77,7 @@ class Library:
         """
         function = self.functions.get(symbol)
         if function is None:
-            self._no(symbol)
+            raise self._lacks(symbol)
         result = function(*args)
         if self.symbols[symbol].result is None and result != 0:
             check(self, result, symbol)
@@ -86,11 +86,11 @@ class Library:
     def status(self, symbol: str, *args: Any) -> int:
         """Call symbol and return its status, whatever it is."""
         if symbol not in self.functions:
-            self._no(symbol)
+            raise self._lacks(symbol)
         return int(self.functions[symbol](*args))
 
-    def _no(self, symbol: str) -> NoReturn:
-        raise BackendUnavailableError(_without(self.name, self.path, self.version, [symbol], self.symbols))
+    def _lacks(self, symbol: str) -> BackendUnavailableError:
+        return BackendUnavailableError(_without(self.name, self.path, self.version, [symbol], self.symbols))
 
 
 def check(library: Library, code: int, call: str) -> None:

@@ -203,7 +203,7 @@ def _close(on: Team) -> None:
 
     Raises the first error of a send or of a communicator's end; a team that failed before closes in silence.
     """
-    told, deadline = on.told, time.monotonic() + on.live.timeout_s
+    raised, deadline = on.raised, time.monotonic() + on.live.timeout_s
 
     def say_so() -> None:
         with suppress(RuntimeError):  # the process that serves the store may have ended before
@@ -218,8 +218,8 @@ def _close(on: Team) -> None:
             problem = _finish(on, channel, deadline) or problem
         if channel.worker is not None:
             channel.worker.stop()
-    if problem is not None and not told:
-        on.told = True
+    if problem is not None and not raised:
+        on.raised = True
         raise problem
 
 

@@ -38,8 +38,8 @@ def raise_failure(on: Team, op: str) -> None:
     """Raise what an earlier call left: first the failure itself, later that the group is poisoned by it."""
     if on.failure is None:
         return
-    if not on.told:
-        on.told = True
+    if not on.raised:
+        on.raised = True
         raise on.failure
     raise GroupPoisonedError(
         f"{on.where(op)}: unusable since: {on.failure}; close the group and create another",
@@ -64,7 +64,7 @@ def give_up(on: Team, op: str, library: Library, error: BaseException) -> BaseEx
     with on.lock:
         if on.failure is None:
             on.failure = _agreed(on, op, error if isinstance(error, FcommError) else FcommError(_described(error)))
-            on.told = isinstance(error, FcommError)
+            on.raised = isinstance(error, FcommError)
             for channel in on.channels():
                 abort(on, library, channel)
         return on.failure if isinstance(error, FcommError) else error
@@ -111,12 +111,12 @@ def _agreed(on: Team, op: str, error: FcommError) -> FcommError:
     """The error that all ranks raise for this failure: that of the first report."""
     code = _TIMEOUT if type(error) is CollectiveTimeoutError else getattr(error, "code", _OTHER)
     # The report before the abort: peers notice an abort at once, and then look for the reason.
-    said = limited(lambda: _report(on, code, str(error)), STORE_S)
-    if said is not None:
-        rank, code, text = said
+    report = limited(lambda: _report(on, code, str(error)), STORE_S)
+    if report is not None:
+        rank, code, text = report
         error = error if rank == on.rank else _error_of(on, rank, code, text)
     late = isinstance(error, CollectiveTimeoutError | PeerDiedError)
-    culprits = limited(lambda: _culprits(on, late, said), STORE_S) or ()
+    culprits = limited(lambda: _culprits(on, late, report), STORE_S) or ()
     absent = f"; ranks {list(culprits)} have not answered: look at their logs" if late and culprits else ""
     return _located(error, op, on, f"{on.where(op)}: {error}{absent}", culprits)
 
@@ -163,15 +163,15 @@ def _reported(on: Team) -> tuple[int, int, str] | None:
     return rank, code, "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _culprits(on: Team, late: bool, said: tuple[int, int, str] | None) -> tuple[int, ...]:
+def _culprits(on: Team, late: bool, report: tuple[int, int, str] | None) -> tuple[int, ...]:
     """The ranks that caused it. The first to report finds them, the others read what it found.
 
     late: what is wrong is that a rank does not answer. Then it is whoever does not notice the failure either: a rank
     that waits for the group does so within a slice. Else it is the rank whose call failed.
     """
-    if said is None:
+    if report is None:
         return ()
-    if said[0] != on.rank:
+    if report[0] != on.rank:
         frame = _wait_for(lambda: on.read("culprits")) or b""
         return tuple(r for (r,) in struct.iter_unpack("<I", frame[: len(frame) // 4 * 4]) if r < on.group.size)
     found = _absent(on) if late else (on.rank,)

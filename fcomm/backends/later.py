@@ -40,7 +40,7 @@ def send_later(on: Team, x: Tensor, dst: int, call: Callable[[], None]) -> None:
         try:
             call()
         except FcommError:
-            on.told = False  # nobody waits for this thread: the next call on the group raises it
+            on.raised = False  # nobody waits for this thread: the next call on the group raises it
             raise
 
     while on.sending and on.sending[0][1].done():
@@ -160,7 +160,7 @@ def look_at_pending(on: Team) -> None:
                 _check_late(on)
         except FcommError as error:
             give_up(on, op, library, error)
-            on.told = False  # the next call on the group raises it
+            on.raised = False  # the next call on the group raises it
 
 
 def _check_late(on: Team) -> None:

@@ -129,7 +129,7 @@ class Team:
     """What one backend has on one group and device in this process.
 
     main: the communicator of all ranks.  edges: one more for each edge that send and recv use, (from, to).
-    failure: what ended it; told: whether a caller has seen that error.
+    failure: what ended it; raised: whether a caller has got that error.
     sending: (destination, send) of what is on its way.
     pending: (event, deadline, collective) of what the device has not finished.
     """
@@ -144,7 +144,7 @@ class Team:
     sending: deque[tuple[int, Future[None]]] = field(default_factory=deque)
     pending: deque[tuple[Any, float, str]] = field(default_factory=deque)
     failure: FcommError | None = None
-    told: bool = False
+    raised: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property

@@ -59,6 +59,12 @@ def _all_gather_shape(
     return (*s[:dim], s[dim] * group.size if sizes is None else sum(sizes), *s[dim + 1 :])
 
 
+def own_block(x: Tensor, rank: int, size: int, dim: int) -> Tensor:
+    """The block of rank, of `size` equal ones along dim."""
+    length = x.shape[dim] // size
+    return x.narrow(dim, rank * length, length)
+
+
 def _only_tiled(name: str, tiled: bool) -> None:
     if not tiled:
         raise ArgumentError(f"{name}: sizes is given with tiled=False; blocks of different lengths cannot be stacked")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fcomm.arithmetic import LINEAR_OPS, fold
 from fcomm.collectives import checks
+from fcomm.collectives.blocks import own_block
 from fcomm.collectives.reductions import extremum_share, other_ranks_product
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, define
@@ -131,16 +132,11 @@ def scatter(x: Tensor, group: Group, backend: Backend, *, src: int = 0, dim: int
     return apply("scatter", x, group, backend, src, dim)
 
 
-def _scatter_spec(xs: list[Tensor], src: int, dim: int) -> list[Tensor]:
-    length = xs[src].shape[dim] // len(xs)
-    return [xs[src].narrow(dim, r * length, length) for r in range(len(xs))]
-
-
 define(
     "scatter",
     schema="int src, int dim",
     dims=("dim",),
-    spec=_scatter_spec,
+    spec=lambda xs, src, dim: [own_block(xs[src], r, len(xs), dim) for r in range(len(xs))],
     shape=lambda s, group, src, dim: (*s[:dim], s[dim] // group.size, *s[dim + 1 :]),
     vjp=lambda ct, group, backend, src, dim: gather(ct, group, backend, dst=src, dim=dim),
     busbw=lambda n: (n - 1) / n,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fcomm.arithmetic import LINEAR_OPS, fold
 from fcomm.collectives import checks
-from fcomm.collectives.blocks import all_gather
+from fcomm.collectives.blocks import all_gather, own_block
 from fcomm.collectives.reductions import all_reduce
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, define
@@ -121,20 +121,15 @@ def shard(x: Tensor, group: Group, backend: Backend, *, dim: int = 0) -> Tensor:
     return apply("shard", x, group, backend, dim)
 
 
-def _slice(x: Tensor, rank: int, size: int, dim: int) -> Tensor:
-    length = x.shape[dim] // size
-    return x.narrow(dim, rank * length, length)
-
-
 define(
     "shard",
     schema="int dim",
     dims=("dim",),
-    spec=lambda xs, dim: [_slice(x, r, len(xs), dim) for r, x in enumerate(xs)],
+    spec=lambda xs, dim: [own_block(x, r, len(xs), dim) for r, x in enumerate(xs)],
     shape=lambda s, group, dim: (*s[:dim], s[dim] // group.size, *s[dim + 1 :]),
     vjp=lambda ct, group, backend, dim: all_gather_invariant(ct, group, backend, dim=dim),
     replicated=("x",),
-    compose=lambda x, group, backend, dim: _slice(x, group.rank, group.size, dim).clone(
+    compose=lambda x, group, backend, dim: own_block(x, group.rank, group.size, dim).clone(
         memory_format=torch.contiguous_format
     ),
 )

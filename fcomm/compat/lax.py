@@ -105,18 +105,17 @@ def all_gather(
         raise ArgumentError(f"all_gather: to is {to!r}; choose one of varying, reduced, invarying")
 
     def leaf(v: Any) -> Any:
+        v = _array(v)
         if axis_index_groups is not None:
             if to == "invarying":
                 raise ArgumentError("all_gather: axis_index_groups needs to='varying'; use a group of those ranks")
-            return _concatenated(_of_block("all_gather", _array(v), group, backend, axis_index_groups), axis, tiled)
-        *outer, last = _groups(group)
-        if to == "invarying":
-            v = fcomm.all_gather_invariant(_array(v) if tiled else _array(v).unsqueeze(axis), last, backend, dim=axis)
-        else:
-            v = fcomm.all_gather(_array(v), last, backend, dim=axis, tiled=tiled)
-        for g in reversed(outer):
-            gather = fcomm.all_gather_invariant if to == "invarying" else fcomm.all_gather
-            v = gather(v, g, backend, dim=axis)
+            return _concatenated(_of_block("all_gather", v, group, backend, axis_index_groups), axis, tiled)
+        gather = fcomm.all_gather_invariant if to == "invarying" else fcomm.all_gather
+        groups = _groups(group)
+        dim = checks.canonical_dim("all_gather", "axis", axis, v, groups[-1], new=0 if tiled else 1)
+        v = v if tiled else v.unsqueeze(dim)
+        for g in reversed(groups):
+            v = gather(v, g, backend, dim=dim)
         return v
 
     return _map(leaf, x)
