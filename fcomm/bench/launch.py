@@ -19,13 +19,12 @@ import torch
 import fcomm
 from fcomm.bench.measure import on_this_rank
 from fcomm.bench.plan import Plan, Row
-
-_LAUNCHERS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+from fcomm.bootstrap import launcher_place
 
 
 def launched() -> bool:
     """Whether a launcher started this process as one rank of several."""
-    return any(name in os.environ for name in _LAUNCHERS)
+    return launcher_place(os.environ) is not None
 
 
 def why_no_mpi() -> str | None:
