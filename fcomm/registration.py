@@ -240,7 +240,7 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
             return lowering(x, group, **named)
         return lowering(*map(_ready, tensors), group, **named)
     if record.compose is not None:
-        return record.compose(*tensors, group, backend, **named)  # type: ignore[no-any-return]
+        return record.compose(*tensors, group, backend, **named).detach()  # type: ignore[no-any-return]  # see _alone
     reason = backend.unsupported.get(record.name, "it has no lowering of that name")
     raise FcommError(
         f"{record.name}: backend '{backend.name}' does not support it: {reason}; "
@@ -261,7 +261,8 @@ def _alone(record: Record, tensors: Sequence[Tensor], params: Sequence[Any]) -> 
         (y,) = record.spec(*([x] for x in tensors), **record.named(params))
     shared = any(y.untyped_storage()._cdata == x.untyped_storage()._cdata for x in tensors)
     y = y.resolve_conj().resolve_neg().contiguous()
-    return y.clone() if shared else y
+    # detach: a view, even of another tensor of the spec's, is nothing that autograd lets the caller write into.
+    return y.clone() if shared else y.detach()
 
 
 def _lowering_kernel(record: Record) -> Rule:

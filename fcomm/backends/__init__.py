@@ -9,7 +9,7 @@ A lowering is `fn(x, group, **params) -> Tensor`, called with
 * params: as in the collective's schema; dims are canonical (0 <= dim < x.dim(), or <= for a new dim), lists tuples,
   `perm` is a flat tuple (source, destination, source, destination, ...).
 
-and returns a new contiguous tensor. Off-root results and absent ppermute destinations are zeros.
+and returns a new contiguous tensor, no view of another. Off-root results and absent ppermute destinations are zeros.
 Arithmetic is that of fcomm/arithmetic.py: sums in rank order, half types accumulated in float32, NaN wins in max, min.
 Where a vendor's library sums natively, the order of summation is the library's (notes/0050-device-lowerings.md).
 

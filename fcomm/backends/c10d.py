@@ -256,7 +256,8 @@ def _lowering(name: str, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         with calling(name, group, x.device.type) as on:
             if on.check and name not in ("send", "recv"):
                 compare_calls(on, x, _described(name, x, params))
-            return fn(*tensors, on, **params)
+            # No view, even of a tensor of its own: autograd would refuse to let the caller write into it.
+            return fn(*tensors, on, **params).detach()
 
     return lowering
 

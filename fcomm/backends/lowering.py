@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,12 @@ from fcomm.group import BACKENDS, Backend, Group, Lowering, register_backend
 
 def table(machine: Machine) -> dict[str, Lowering]:
     """The machine's lowerings, by collective."""
-    return {name: partial(lowering, machine) for name, lowering in _LOWERINGS.items()}
+    return {name: partial(_new, lowering, machine) for name, lowering in _LOWERINGS.items()}
+
+
+def _new(lowering: Callable[..., Tensor], *args: Any, **params: Any) -> Tensor:
+    """The result, as no view, even of a tensor of its own: autograd would refuse to let the caller write into it."""
+    return lowering(*args, **params).detach()
 
 
 def backend_on(lib: Library, device: str, machine: Callable[[str, Callable[[], Library]], Machine]) -> Backend:

@@ -7,6 +7,7 @@ rules of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def all_gather_coalesced(xs: Iterable[Tensor], group: Group, backend: Backend, *
         return all_gather(flat, group, backend, tiled=False)
 
     stacks = _by_dtype(xs, [x.reshape(-1) for x in xs], communicate, [(group.size, *x.shape) for x in xs])
-    return [y.movedim(0, d).flatten(d, d + 1) for y, d in zip(stacks, dims, strict=True)]
+    return [y.movedim(0, d).flatten(d, d + 1).contiguous() for y, d in zip(stacks, dims, strict=True)]
 
 
 def reduce_scatter_coalesced(
@@ -89,6 +90,7 @@ def _by_dtype(
         places = [i for i, x in enumerate(xs) if x.dtype == dtype]
         lengths = [flats[i].shape[-1] for i in places]
         result = communicate(torch.cat([flats[i] for i in places], -1))
-        for i, part in zip(places, result.split(lengths, -1), strict=True):
-            ys[i] = part.reshape(shapes[i])
+        # Not split: torch refuses to let the caller write into one of several views.
+        for i, end, length in zip(places, accumulate(lengths), lengths, strict=True):
+            ys[i] = result.narrow(-1, end - length, length).reshape(shapes[i])
     return [ys[i] for i in range(len(xs))]
