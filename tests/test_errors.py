@@ -446,18 +446,49 @@ BAD: list[tuple[Call, type[Exception], str]] = [
         TypeError,
         "axis_index: backend is None; pass a Backend, such as fcomm.cpu, fcomm.c10d or fcomm.sim",
     ),
+    (
+        lambda g, b: fcomm.recv(X, g, b, after=3),
+        TypeError,
+        "recv: after is int, not a tensor; pass torch.as_tensor(after)",
+    ),
+    (
+        lambda g, b: fcomm.axis_size("world", b),
+        TypeError,
+        "axis_size: group is 'world'; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...",
+    ),
     # ragged
+    (
+        lambda g, b: fcomm.ragged_all_to_all([1.0], X, INTS[:2], INTS[:2], INTS[:2], INTS[:2], g, b),
+        TypeError,
+        "ragged_all_to_all: operand is list, not a tensor; pass torch.as_tensor(operand)",
+    ),
+    (
+        lambda g, b: fcomm.ragged_all_to_all(X, X, INTS[:2], [1, 1], INTS[:2], INTS[:2], g, b),
+        TypeError,
+        "ragged_all_to_all: send_sizes is list, not a tensor; pass torch.as_tensor(send_sizes)",
+    ),
+    (
+        lambda g, b: fcomm.ragged_all_to_all(X.to("meta"), X, INTS[:2], INTS[:2], INTS[:2], INTS[:2], g, b),
+        TypeError,
+        "ragged_all_to_all: x is on the meta device and has no data; materialise it first",
+    ),
+    (
+        lambda g, b: fcomm.ragged_all_to_all(X[0, 0], X[0, 0], INTS[:2], INTS[:2], INTS[:2], INTS[:2], g, b),
+        ArgumentError,
+        "ragged_all_to_all: operand is () torch.float32, output () torch.float32; both have rows, "
+        "and only their numbers of rows may differ",
+    ),
     (
         lambda g, b: fcomm.ragged_all_to_all(X, X.double(), INTS[:2], INTS[:2], INTS[:2], INTS[:2], g, b),
         ArgumentError,
-        "ragged_all_to_all: operand is (2, 3) torch.float32, output (2, 3) torch.float64; only their numbers of rows "
-        "may differ",
+        "ragged_all_to_all: operand is (2, 3) torch.float32, output (2, 3) torch.float64; both have rows, "
+        "and only their numbers of rows may differ",
     ),
     (
         lambda g, b: fcomm.ragged_all_to_all(X, X[:, :2], INTS[:2], INTS[:2], INTS[:2], INTS[:2], g, b),
         ArgumentError,
-        "ragged_all_to_all: operand is (2, 3) torch.float32, output (2, 2) torch.float32; only their numbers of rows "
-        "may differ",
+        "ragged_all_to_all: operand is (2, 3) torch.float32, output (2, 2) torch.float32; both have rows, "
+        "and only their numbers of rows may differ",
     ),
     (
         lambda g, b: fcomm.ragged_all_to_all(X, X, INTS[:2], INTS, INTS[:2], INTS[:2], g, b),

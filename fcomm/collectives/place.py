@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fcomm.collectives import checks
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, define
 
@@ -36,6 +37,7 @@ define(
 
 def axis_size(group: Group, backend: Backend) -> int:
     """Number of ranks in the group, an int."""
+    checks.is_group("axis_size", group)
     return group.size
 
 

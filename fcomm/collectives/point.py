@@ -47,6 +47,7 @@ def recv(
             raise ArgumentError(f"recv: on group '{group.name}' the token carries the message; pass after=send(..)")
         real = like.dtype.is_floating_point or like.dtype.is_complex
         after = torch.empty(0, dtype=like.dtype, device=like.device, requires_grad=real and torch.is_grad_enabled())
+    checks.is_tensor("recv", "after", after)
     return apply("recv", (after, like), group, backend, peer)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fcomm.arithmetic import FLOAT8, check_op, fold
+from fcomm.collectives import checks
 from fcomm.collectives.exchange import all_to_all
 from fcomm.dtypes import REDUCED, carrier
 from fcomm.errors import ArgumentError
@@ -39,8 +40,7 @@ def ragged_all_to_all(
     Raises FcommError if the shapes or dtypes do not fit, a slice leaves its tensor, or (MismatchError) send_sizes and
     recv_sizes of two ranks differ.
     """
-    check_call("ragged_all_to_all", (operand, output), group, backend)
-    _check(operand, output, (input_offsets, send_sizes, output_offsets, recv_sizes), group)
+    _check(operand, output, (input_offsets, send_sizes, output_offsets, recv_sizes), group, backend)
     # Where each rank's rows land here: known at the senders, needed here.
     landing = all_to_all(output_offsets, group, backend)
     received = _inside(landing, recv_sizes, output.shape[0]).any(0)
@@ -71,13 +71,18 @@ def _choose(received: Tensor, y: Tensor, output: Tensor) -> Tensor:
         return torch.where(mask, y.view(carried), output.view(carried)).view(output.dtype)
 
 
-def _check(operand: Tensor, output: Tensor, vectors: Sequence[Tensor], group: Group) -> None:
+def _check(operand: Tensor, output: Tensor, vectors: Sequence[Tensor], group: Group, backend: Backend) -> None:
+    names = "operand", "output", "input_offsets", "send_sizes", "output_offsets", "recv_sizes"
+    for name, x in zip(names, (operand, output, *vectors), strict=True):
+        checks.is_tensor("ragged_all_to_all", name, x)
+    # Here too, since what apply refuses it would refuse after the landing places were sent.
+    check_call("ragged_all_to_all", (operand, output, *vectors), group, backend)
     if operand.dim() < 1 or operand.shape[1:] != output.shape[1:] or operand.dtype != output.dtype:
         raise ArgumentError(
             f"ragged_all_to_all: operand is {tuple(operand.shape)} {operand.dtype}, output {tuple(output.shape)} "
-            f"{output.dtype}; only their numbers of rows may differ"
+            f"{output.dtype}; both have rows, and only their numbers of rows may differ"
         )
-    for name, v in zip(("input_offsets", "send_sizes", "output_offsets", "recv_sizes"), vectors, strict=True):
+    for name, v in zip(names[2:], vectors, strict=True):
         if v.shape != (group.size,) or v.is_floating_point() or v.is_complex() or v.dtype == torch.bool:
             raise ArgumentError(
                 f"ragged_all_to_all: {name} is {tuple(v.shape)} {v.dtype}; group '{group.name}' needs "
