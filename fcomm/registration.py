@@ -143,16 +143,19 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
     """
     tensors = x if isinstance(x, tuple) else (x,)
     check_call(name, tensors, group, backend)
+    op = _OPS.get(name)
+    if op is None:
+        raise ArgumentError(f"apply: no collective is named {name!r}; define it by fcomm.define")
     if not torch.compiler.is_compiling() and _is_plain(tensors):
         # Nothing but the machine is interested: skip the dispatcher, which costs more than a small collective.
         if GROUPS.get(group.name) is group and BACKENDS.get(backend.name) is backend:
-            return _OPS[name].machine(*tensors, None, *params, group.name, backend.name)  # type: ignore[no-any-return]
+            return op.machine(*tensors, None, *params, group.name, backend.name)  # type: ignore[no-any-return]
         return _lower(RECORDS[name], tensors, group, backend, params)
     key = group.key
     of_size, of_rank = GRAPH_KEYS.get(key, (key, key))
     # A list of sizes has an entry for each rank.
-    graph_key = of_rank if any(params[i] is not None for i in _SIZED[name]) else of_size
-    return _OPS[name](*tensors, _index(key), *params, graph_key, backend.name)  # type: ignore[no-any-return]
+    graph_key = of_rank if any(p is not None for i in _SIZED[name] for p in params[i : i + 1]) else of_size
+    return op(*tensors, _index(key), *params, graph_key, backend.name)  # type: ignore[no-any-return]
 
 
 def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Backend) -> None:
@@ -267,8 +270,14 @@ def _alone(record: Record, tensors: Sequence[Tensor], params: Sequence[Any]) -> 
 
 def _lowering_kernel(record: Record) -> Rule:
     name, count = record.name, len(record.tensors)
+    expected = count + len(record.params) + 3  # index, and the two handles
 
     def lowering_kernel(*args: Any) -> Tensor:
+        if len(args) != expected:
+            raise TypeError(
+                f"apply: '{name}' takes the tensors {record.tensors} and the parameters {record.params} and got "
+                f"{len(args) - 3} in all; pass (tensors), group, backend and each parameter, by position"
+            )
         group = GROUPS.get(args[-2]) or _group(name, args[-2])
         backend = BACKENDS.get(args[-1]) or _backend(name, args[-1])
         return _lower(record, args[:count], group, backend, args[count + 1 : -2])

@@ -11,7 +11,7 @@ import ctypes
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -180,6 +180,11 @@ def stateless_group(
     for option, value in (("port", port), ("rank", rank), ("size", size)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise ArgumentError(f"stateless_group: {option} of '{name}' is {value!r}; pass an int")
+    if not isinstance(host, str) or not 0 <= port < 2**16:
+        raise ArgumentError(
+            f"stateless_group: '{name}' is to meet at host {host!r}, port {port}; pass the name or address of rank 0's "
+            "host, and a port below 65536 that is free there"
+        )
     if not 0 <= rank < size:
         raise ArgumentError(
             f"stateless_group: rank of '{name}' is {rank}, not in 0 .. {size - 1}; pass this process's own rank"
@@ -230,11 +235,15 @@ def from_device_mesh(
 
     name: by default the mesh dimension's own name.
     """
+    if not isinstance(mesh, dist.DeviceMesh):
+        raise TypeError(f"from_device_mesh: mesh is {mesh!r}; pass a torch DeviceMesh")
     names = mesh.mesh_dim_names or ()
     if dim is None and mesh.ndim != 1:
         raise ArgumentError(f"from_device_mesh: the mesh has dimensions {names or mesh.ndim}; name one of them")
     if isinstance(dim, str) and dim not in names:
         raise ArgumentError(f"from_device_mesh: the mesh has no dimension {dim!r}; it has {names}")
+    if isinstance(dim, int) and not -mesh.ndim <= dim < mesh.ndim:
+        raise ArgumentError(f"from_device_mesh: dim is {dim}, the mesh has {mesh.ndim} dimensions; count from 0")
     index = 0 if dim is None else names.index(dim) if isinstance(dim, str) else dim
     default = names[index] if names else f"mesh{index}"
     return from_process_group(mesh.get_group(index), name=name or default, timeout_s=timeout_s)
@@ -249,25 +258,31 @@ def subgroup(parent: Group, ranks: Sequence[int], *, name: str, timeout_s: float
     Every rank of parent may call it; where this process is not among ranks, the result's rank is None and a collective
     on it raises FcommError. Raises FcommError on empty, repeated or out-of-range ranks.
     """
-    _check_parent("subgroup", parent)
+    return _subgroup("subgroup", parent, ranks, name, timeout_s)
+
+
+def _subgroup(function: str, parent: Group, ranks: Iterable[int], name: str, timeout_s: float | None = None) -> Group:
+    _check_parent(function, parent)
+    if not isinstance(ranks, Iterable):
+        raise ArgumentError(f"{function}: ranks of '{name}' are {ranks!r}; pass a list of ranks of '{parent.name}'")
     members = tuple(ranks)
     for r in members:
         if not isinstance(r, int) or isinstance(r, bool) or not 0 <= r < parent.size:
             raise ArgumentError(
-                f"subgroup: rank {r!r} of '{name}' is not in group '{parent.name}' of size {parent.size}"
+                f"{function}: rank {r!r} of '{name}' is not in group '{parent.name}' of size {parent.size}"
             )
     if not members or len(set(members)) != len(members):
-        raise ArgumentError(f"subgroup: ranks of '{name}' are {list(members)}; pass each member once, at least one")
+        raise ArgumentError(f"{function}: ranks of '{name}' are {list(members)}; pass each member once, at least one")
     if parent.simulated:
-        raise ArgumentError(f"subgroup: '{parent.name}' is a simulated axis; nest axes, fcomm.axis('{name}', size)")
-    owner = live(parent, "subgroup")
-    _check_free("subgroup", name)
+        raise ArgumentError(f"{function}: '{parent.name}' is a simulated axis; nest axes, fcomm.axis('{name}', size)")
+    owner = live(parent, function)
+    _check_free(function, name)
     world_ranks = tuple(parent.ranks[r] for r in members)
     if parent.rank not in members:
         return Group(name, world_ranks, None)
     store = dist.PrefixStore(_epoch(f"{name}/{digest(world_ranks)}", owner.epochs), owner.store)
     group = Group(name, world_ranks, members.index(parent.rank))
-    timeout_s = owner.timeout_s if timeout_s is None else check_timeout("subgroup", timeout_s)
+    timeout_s = owner.timeout_s if timeout_s is None else check_timeout(function, timeout_s)
     identities = tuple(owner.identities[r] for r in members) if owner.identities else ()
     return _register(group, store, timeout_s, identities=identities)
 
@@ -283,7 +298,7 @@ def split(parent: Group, size: int, *, name: str) -> Group:
     if parent.rank is None:
         live(parent, "split")
     first = (parent.rank or 0) // size * size
-    return subgroup(parent, range(first, first + size), name=name)
+    return _subgroup("split", parent, range(first, first + size), name)
 
 
 def mesh(parent: Group, **sizes: int) -> dict[str, Group]:
@@ -304,7 +319,7 @@ def mesh(parent: Group, **sizes: int) -> dict[str, Group]:
         stride //= size
         rank = parent.rank or 0
         first = rank - rank // stride % size * stride
-        groups[name] = subgroup(parent, range(first, first + size * stride, stride), name=name)
+        groups[name] = _subgroup("mesh", parent, range(first, first + size * stride, stride), name)
     return groups
 
 

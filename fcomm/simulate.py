@@ -35,7 +35,11 @@ def simulate(fn: Callable[..., Any], axis: Group, *, randomness: str = "error") 
 
     def one_rank(index: Tensor, args: Any, kwargs: Any) -> Any:
         with bound(key, index):
-            return fn(*args, **kwargs)
+            result = fn(*args, **kwargs)
+        for y in pytree.tree_leaves(result):
+            if not isinstance(y, Tensor):
+                raise TypeError(f"simulate: fn returned {y!r}; return tensors, nested in tuples, lists and dicts")
+        return result
 
     def in_dim(x: object) -> int | None:
         if not isinstance(x, Tensor):

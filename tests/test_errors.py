@@ -596,6 +596,50 @@ BAD_ON_AN_AXIS: list[tuple[Call, type[Exception], str]] = [
 # Of handles themselves, on the ranks of a group of 2.
 BAD_GROUPS: list[tuple[Callable[[Group], Any], type[Exception], str]] = [
     (
+        lambda g: fcomm.subgroup(g, 0, name="s"),
+        ArgumentError,
+        "subgroup: ranks of 's' are 0; pass a list of ranks of 'world'",
+    ),
+    (
+        lambda g: fcomm.split(g, 2, name="world"),
+        FcommError,
+        "split: a live group 'world' of ranks [0, 1] exists; close it with fcomm.close, or choose another name",
+    ),
+    (
+        lambda g: fcomm.stateless_group("127.0.0.1", 2**16, 0, 2, name="s"),
+        ArgumentError,
+        "stateless_group: 's' is to meet at host '127.0.0.1', port 65536; pass the name or address of rank 0's host, "
+        "and a port below 65536 that is free there",
+    ),
+    (
+        lambda g: fcomm.stateless_group(7, 80, 0, 2, name="s"),
+        ArgumentError,
+        "stateless_group: 's' is to meet at host 7, port 80; pass the name or address of rank 0's host, "
+        "and a port below 65536 that is free there",
+    ),
+    (
+        lambda g: fcomm.from_device_mesh(g.ranks, "tp"),
+        TypeError,
+        "from_device_mesh: mesh is (0, 1); pass a torch DeviceMesh",
+    ),
+    (
+        lambda g: fcomm.apply("all_educe", X, g, fcomm.c10d),
+        ArgumentError,
+        "apply: no collective is named 'all_educe'; define it by fcomm.define",
+    ),
+    (
+        lambda g: fcomm.apply("all_reduce", X, g, fcomm.c10d),
+        TypeError,
+        "apply: 'all_reduce' takes the tensors ('x',) and the parameters ('op',) and got 1 in all; "
+        "pass (tensors), group, backend and each parameter, by position",
+    ),
+    (
+        lambda g: fcomm.apply("all_reduce", (X, X), g, fcomm.c10d, "sum"),
+        TypeError,
+        "apply: 'all_reduce' takes the tensors ('x',) and the parameters ('op',) and got 3 in all; "
+        "pass (tensors), group, backend and each parameter, by position",
+    ),
+    (
         lambda g: fcomm.subgroup(g, [0, 2], name="s"),
         ArgumentError,
         "subgroup: rank 2 of 's' is not in group 'world' of size 2",
@@ -771,6 +815,14 @@ def test_bad_input_in_a_compiled_program() -> None:
 def test_there_are_enough_messages() -> None:
     texts = {text for _, _, text in [*BAD, *BAD_IN_PROCESSES, *BAD_ON_AN_AXIS, *BAD_GROUPS]}
     assert len(texts) >= 100
+
+
+def test_a_simulated_result_that_is_no_tensor() -> None:
+    axis = fcomm.axis("i", 2)
+    with pytest.raises(
+        TypeError, match="simulate: fn returned None; return tensors, nested in tuples, lists and dicts"
+    ):
+        fcomm.simulate(lambda x: (x, [None]), axis)(torch.ones(2))
 
 
 @pytest.mark.parametrize("copy", ["copy.copy", "copy.deepcopy", "pickle.dumps"])
