@@ -330,6 +330,7 @@ def with_torch_distributed(world: Group) -> list[str]:
     for bad, text in (
         ("pp", "from_device_mesh: the mesh has no dimension 'pp'; it has ('dp', 'tp')"),
         (None, "from_device_mesh: the mesh has dimensions ('dp', 'tp'); name one of them"),
+        (2, "from_device_mesh: dim is 2, the mesh has 2 dimensions; count from 0"),
     ):
         try:
             fcomm.from_device_mesh(mesh, bad, name="bad")
