@@ -243,7 +243,8 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
             return lowering(x, group, **named)
         return lowering(*map(_ready, tensors), group, **named)
     if record.compose is not None:
-        return record.compose(*tensors, group, backend, **named).detach()  # type: ignore[no-any-return]  # see _alone
+        y: Tensor = record.compose(*tensors, group, backend, **named)
+        return y.detach()  # no view: see _alone
     reason = backend.unsupported.get(record.name, "it has no lowering of that name")
     raise FcommError(
         f"{record.name}: backend '{backend.name}' does not support it: {reason}; "
