@@ -107,7 +107,7 @@ FEATURES = {
     "overlapping": lambda x: x.stride() == (1, 1),
     "conjugate": lambda x: x.is_conj(),
     "negative": lambda x: x.is_neg(),
-    "nan": lambda x: x.dtype == torch.float32 and bool(x.isnan().any()),
+    "nan": lambda x: x.dtype in strategies.FLOATS and bool(x.isnan().any()),
 }
 
 
