@@ -134,7 +134,7 @@ def register_backend(backend: Backend) -> Backend:
 def axis(name: str, size: int) -> Group:
     """A simulated group of `size` ranks, to be bound by fcomm.simulate.
 
-    Raises FcommError unless name is a non-empty string and size a positive int.
+    Raises ArgumentError unless name is a non-empty string and size a positive int.
     """
     if not isinstance(name, str) or not name:
         raise ArgumentError(f"axis: name is {name!r}; pass a non-empty string")

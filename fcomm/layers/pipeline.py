@@ -89,7 +89,7 @@ def one_f_one_b(
     micro-batch m; called on the last rank only. micro: [M ..], the first rank's are used, all have one shape.
     in_flight: micro-batches whose backward is outstanding; left out, n - rank, which is 1F1B; M is GPipe's order.
     Traffic: M sends and M recvs of a micro-batch's bytes each way, and one all_reduce of the loss.
-    Raises FcommError on a simulated axis.
+    Raises ArgumentError on a simulated axis.
     """
     if group.simulated or group.rank is None:
         raise ArgumentError(
