@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -472,26 +474,33 @@ def test_bind_fills_in_the_handles_and_compiles() -> None:
 # --- fork and exit ------------------------------------------------------------------------------------------------
 
 
-def in_child(work: Callable[[], Any]) -> int:
-    """Exit status of a forked child that does some work and then ends as a Python program does."""
+def in_child(work: Callable[[], Any], timeout_s: float = 60) -> int:
+    """Exit status of a forked child that does some work and then ends as a Python program does.
+
+    One that does not end within timeout_s is killed, after it has shown its traceback; the error tells what it did.
+    """
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
+            faulthandler.enable()
             status = int(work() or 0)
         except BaseException as error:
             sys.stderr.write(f"child: {type(error).__name__}: {error}\n")
         finally:
             ctypes.pythonapi.Py_Exit(status)  # finalises the interpreter, unlike the end of a multiprocessing child
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
-    os.kill(pid, 9)
+    state = " ".join(Path(f"/proc/{pid}/{name}").read_text().strip() for name in ("stat", "wchan"))
+    os.kill(pid, signal.SIGABRT)
+    time.sleep(1)
+    os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    return -1000
+    raise TimeoutError(f"a forked child did not end within {timeout_s} s; its /proc stat and wchan: {state}")
 
 
 def forked(world: Group) -> list[str]:
