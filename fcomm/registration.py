@@ -19,9 +19,9 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial, wraps
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 import torch
 import torch.autograd.forward_ad as fwd
@@ -141,15 +141,33 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
 
     Checks what is common to all collectives; raises FcommError or TypeError before any communication.
     """
+    if not torch.compiler.is_compiling():
+        try:
+            of, by, keys, lowering = _CALLS.get((name, group.name, backend.name, params), _NO_CALL)
+        except (AttributeError, TypeError):  # no handles, or a list among params
+            of, by, keys, lowering = _NO_CALL
+        if (
+            of is group
+            and by is backend
+            and _is_plain(x)
+            and _C._dispatch_keys(x).raw_repr() in keys
+            and not _is_watched()
+        ):
+            return lowering(x if x.is_contiguous() else x.contiguous(), group)  # type: ignore[no-any-return]
     tensors = x if isinstance(x, tuple) else (x,)
     check_call(name, tensors, group, backend)
     op = _OPS.get(name)
     if op is None:
         raise ArgumentError(f"apply: no collective is named {name!r}; define it by fcomm.define")
-    if not torch.compiler.is_compiling() and _is_plain(tensors):
+    if not (torch.compiler.is_compiling() or _is_watched()) and all(
+        _is_plain(x) and not _is_wrapped(x) for x in tensors
+    ):
         # Nothing but the machine is interested: skip the dispatcher, which costs more than a small collective.
         if GROUPS.get(group.name) is group and BACKENDS.get(backend.name) is backend:
-            return op.machine(*tensors, None, *params, group.name, backend.name)  # type: ignore[no-any-return]
+            y: Tensor = op.machine(*tensors, None, *params, group.name, backend.name)
+            if len(tensors) == 1:
+                _remember(RECORDS[name], tensors[0], group, backend, params)
+            return y
         return _lower(RECORDS[name], tensors, group, backend, params)
     key = group.key
     of_size, of_rank = GRAPH_KEYS.get(key, (key, key))
@@ -206,24 +224,55 @@ def refuse_nested(name: str) -> NoReturn:
 # --- the machine --------------------------------------------------------------------------------------------------
 
 
-def _is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether no transform, mode, derivative or profiler is watching an eager call on these tensors."""
-    if (
+# Calls on the machine, to be made again without checks, by their names and parameters: the handles, what torch's
+# dispatcher knows of tensors that passed the checks (device, layout, lazy bits, wrappers), and the lowering.
+_CALLS: dict[tuple[Any, ...], tuple[Group, Backend, set[int], Rule]] = {}
+FOUND.append(_CALLS)
+_NO_CALL: tuple[Any, ...] = (None, None, frozenset(), None)
+
+
+def _remember(record: Record, x: Tensor, group: Group, backend: Backend, params: tuple[Any, ...]) -> None:
+    call = _call_again(record, group, backend, params)
+    if call is None or x.is_conj() or x.is_neg() or x._is_zerotensor():
+        return
+    if len(_CALLS) >= _MOST_FOUND:
+        _CALLS.clear()
+    with suppress(TypeError):  # a list among params
+        _, _, keys, _ = _CALLS.setdefault(
+            (record.name, group.name, backend.name, params), (group, backend, set(), call)
+        )
+        # Private: torch has no public way to ask for all of this at once, and one by one it costs as much as the call.
+        keys.add(_C._dispatch_keys(x).raw_repr())
+
+
+def _call_again(record: Record, group: Group, backend: Backend, params: Sequence[Any]) -> Rule | None:
+    """The lowering with its params, if that is all that a call on the machine does, and that all equal params do."""
+    lowering = backend.lowerings.get(record.name)
+    if lowering is None or len(group.ranks) == 1 or any(kind.startswith("float") for kind, _ in record.declared):
+        return None  # floats: -0.0 equals 0.0
+    return partial(lowering, **record.named(params))
+
+
+def _is_watched() -> bool:
+    """Whether a transform, a mode or a profiler wants to see an eager call, whatever its tensors are."""
+    return (
         _C._are_functorch_transforms_active()
-        or _C._len_torch_dispatch_stack()
-        or _C._len_torch_function_stack()
+        or _C._len_torch_dispatch_stack() > 0
+        or _C._len_torch_function_stack() > 0
         or fwd._current_level >= 0
         or _C._autograd._profiler_enabled()
-    ):
-        return False
-    grad = _C.is_grad_enabled()
-    for x in tensors:
-        if type(x) not in _PLAIN_TYPES or (grad and x.requires_grad) or _C._functorch.is_functorch_wrapped_tensor(x):
-            return False
-        # autograd.grad(is_grads_batched=True) runs backward on the batches of torch's first vmap, not functorch's.
-        if _C._functorch.is_legacy_batchedtensor(x):
-            return False
-    return True
+    )
+
+
+def _is_plain(x: Any) -> TypeGuard[Tensor]:
+    """Whether x is a tensor of torch's own type, and no derivative by it is wanted."""
+    return type(x) in _PLAIN_TYPES and not (x.requires_grad and _C.is_grad_enabled())
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """Whether x is a tensor of a transform that may be over; its type does not tell."""
+    # autograd.grad(is_grads_batched=True) runs backward on the batches of torch's first vmap, not functorch's.
+    return _C._functorch.is_functorch_wrapped_tensor(x) or _C._functorch.is_legacy_batchedtensor(x)
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -301,12 +350,11 @@ def _lowering_kernel(record: Record) -> Rule:
 
     def first_call(*args: Any) -> Tensor:
         y = lowering_kernel(*args)  # raises where the group cannot be used
-        group, backend = GROUPS[args[-2]], BACKENDS[args[-1]]
-        lowering = backend.lowerings.get(name)
-        if lowering is not None and len(group.ranks) > 1 and args[1] is None:
+        group = GROUPS[args[-2]]
+        call = _call_again(record, group, BACKENDS[args[-1]], args[2:-2])
+        if call is not None and args[1] is None:
             if len(found) >= _MOST_FOUND:
                 found.clear()
-            call = partial(lowering, **dict(zip(record.params, args[2:-2], strict=True)))
             found[args[1:]] = group, call
         return y
 

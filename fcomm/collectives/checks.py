@@ -123,8 +123,8 @@ def rank_in_group(name: str, option: str, rank: int, group: Group) -> int:
 _PAIRS = (tuple, list, Sequence)  # the usual ones first: asking an abstract class takes long
 
 
-def canonical_perm(name: str, perm: Sequence[tuple[int, int]], group: Group) -> list[int]:
-    """The pairs of a permutation as a flat list; every source and every destination at most once."""
+def canonical_perm(name: str, perm: Sequence[tuple[int, int]], group: Group) -> tuple[int, ...]:
+    """The pairs of a permutation, flat; every source and every destination at most once."""
     is_group(name, group)
     if not isinstance(perm, Sequence) or isinstance(perm, str):
         raise ArgumentError(f"{name}: perm is {perm!r} on group '{group.name}'; pass (source, destination) pairs")
@@ -146,4 +146,4 @@ def canonical_perm(name: str, perm: Sequence[tuple[int, int]], group: Group) -> 
                 f"{name}: perm={list(perm)} names {what} {twice} twice on group '{group.name}'; "
                 "each rank sends at most once and receives at most once, use broadcast or reduce for more"
             )
-    return flat
+    return tuple(flat)
