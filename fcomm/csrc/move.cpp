@@ -76,7 +76,8 @@ fcomm_status exchange(fcomm_comm &c, std::uint64_t print, const Blocks &sent, co
   Direct direct(c, out);
   const bool could = agreed ? agreed->contiguous && Direct::pays(most, most)
                             : Direct::pays(most, std::min(sent.row(), received.row()));
-  if (const fcomm_status s = direct.agree(print, Kind::kAllToAll, sent.total(), could, true, opened)) return s;
+  const bool receives = received.total() > received[c.rank].nbytes();
+  if (const fcomm_status s = direct.agree(print, Kind::kAllToAll, sent.total(), could, receives, opened)) return s;
   if (direct.agreed()) {
     const auto here = [&](int p) {
       return agreed ? contiguous(static_cast<char *>(out) + agreed->at[p], sent[p].nbytes()) : received[c.rank];
