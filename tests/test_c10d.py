@@ -116,8 +116,9 @@ def ignores_a_result(world: Group, compiler: str, ordered: bool) -> list[str]:
     return [] if y.tolist() == right else [f"{y} is not {right}"]
 
 
+# Inductor's graphs of such programs: tests/test_order.py
 @pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_a_result_that_one_rank_ignores_does_not_hang_a_compiled_program(compiler: str, ordered: bool) -> None:
     run_ranks(ignores_a_result, 2, compiler, ordered)
 
