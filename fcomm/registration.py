@@ -19,7 +19,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, partial, wraps
 from typing import Any, NoReturn, TypeGuard, TypeVar
 
@@ -232,17 +232,16 @@ _NO_CALL: tuple[Any, ...] = (None, None, frozenset(), None)
 
 
 def _remember(record: Record, x: Tensor, group: Group, backend: Backend, params: tuple[Any, ...]) -> None:
+    if any(isinstance(p, list) for p in params):  # no key; sizes differ from call to call anyway
+        return
     call = _call_again(record, group, backend, params)
     if call is None or x.is_conj() or x.is_neg() or x._is_zerotensor():
         return
     if len(_CALLS) >= _MOST_FOUND:
         _CALLS.clear()
-    with suppress(TypeError):  # a list among params
-        _, _, keys, _ = _CALLS.setdefault(
-            (record.name, group.name, backend.name, params), (group, backend, set(), call)
-        )
-        # Private: torch has no public way to ask for all of this at once, and one by one it costs as much as the call.
-        keys.add(_C._dispatch_keys(x).raw_repr())
+    _, _, keys, _ = _CALLS.setdefault((record.name, group.name, backend.name, params), (group, backend, set(), call))
+    # Private: torch has no public way to ask for all of this at once, and one by one it costs as much as the call.
+    keys.add(_C._dispatch_keys(x).raw_repr())
 
 
 def _call_again(record: Record, group: Group, backend: Backend, params: Sequence[Any]) -> Rule | None:
