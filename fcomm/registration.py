@@ -1,4 +1,4 @@
-"""How torch sees a collective: the only file that knows torch.library, autograd internals and functorch.
+"""How torch sees a collective: the only file that registers ops, and knows autograd's insides and functorch's.
 
 One call of define() turns a record into the op fcomm::<name> with every kernel that torch's transforms ask for:
 
@@ -8,7 +8,7 @@ One call of define() turns a record into the op fcomm::<name> with every kernel 
     FuncTorchBatched            vmap; simulate, which is a vmap          moves the batch dim, or applies spec to ranks
     Meta                        compile, export                          the record's shape
 
-Why not torch.library.custom_op with register_autograd: it refuses torch.func, gives silently zero tangents in forward
+Why not custom_op with register_autograd: it refuses torch.func, gives silently zero tangents in forward
 mode, and costs three times as much a call. Why not an autograd.Function around a raw op: compiled torch.func.grad of
 it is silently zero. notes/0002-autograd-kernel.md has the measurements.
 """
@@ -27,7 +27,7 @@ import torch
 import torch.autograd.forward_ad as fwd
 
 # Private: the dispatcher's key sets, functorch's interpreter stack and the modes that the eager shortcut must respect.
-from torch import _C, Tensor
+from torch import _C, Tensor, library
 
 # Private: lets an autograd node be made for one functorch level at a time; torch.autograd.Function.apply would instead
 # re-enter functorch, and the dispatcher is already there.
@@ -44,7 +44,7 @@ _OPS: dict[str, Any] = {}
 # Places of the parameters that are lists of sizes: shapes depend on the rank's own entry.
 _SIZED: dict[str, tuple[int, ...]] = {}
 
-_LIB = torch.library.Library("fcomm", "DEF")
+_LIB = library.Library("fcomm", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -127,8 +127,8 @@ def define(
     op.machine = _lowering_kernel(record)  # what Inductor's graphs call
     _LIB.impl(name, op.machine, "CompositeExplicitAutograd")
     _LIB.impl(name, _autograd_kernel(record, op), "Autograd", with_keyset=True)
-    torch.library.register_fake(f"fcomm::{name}", _fake_kernel(record, op), lib=_LIB)
-    torch.library.register_vmap(f"fcomm::{name}", _batching_kernel(record, op), lib=_LIB)
+    library.register_fake(f"fcomm::{name}", _fake_kernel(record, op), lib=_LIB)
+    library.register_vmap(f"fcomm::{name}", _batching_kernel(record, op), lib=_LIB)
     # Otherwise the compiler drops an unused result, and if only one rank leaves it unused, the others wait for ever.
     torch.fx.node.has_side_effect(op)
     RECORDS[name] = record
@@ -142,6 +142,7 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
     Checks what is common to all collectives; raises FcommError or TypeError before any communication.
     """
     if not torch.compiler.is_compiling():
+        # A call like an earlier one: what that one's checks found holds, if torch sees no more in it.
         try:
             of, by, keys, lowering = _CALLS.get((name, group.name, backend.name, params), _NO_CALL)
         except (AttributeError, TypeError):  # no handles, or a list among params

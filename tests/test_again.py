@@ -217,8 +217,10 @@ def test_a_group_of_the_same_name() -> None:
 
 @contextmanager
 def registered(name: str, lowering: Callable[..., Tensor], collective: str = "all_reduce") -> Iterator[fcomm.Backend]:
-    yield register_backend(fcomm.Backend(name, lowerings={collective: lowering}))
-    del registration.BACKENDS[name]
+    try:
+        yield register_backend(fcomm.Backend(name, lowerings={collective: lowering}))
+    finally:
+        del registration.BACKENDS[name]
 
 
 def check_backends(world: fcomm.Group) -> list[str]:

@@ -234,6 +234,25 @@ def test_lengths_around_every_edge(size: int) -> None:
     run_ranks(check_lengths, size, EDGES if size == 2 else EDGES[::2], timeout_s=200)
 
 
+def check_nothing_received(world: fcomm.Group) -> list[str]:
+    """Nobody sends to the last rank, and blocks are so large that they may go straight into the others' results."""
+    n, rank, length = world.size, world.rank or 0, 256 * KB
+    send = [[0 if dst == n - 1 else length + src for dst in range(n)] for src in range(n)]
+    received = [row[rank] for row in send]
+    x = torch.full((sum(send[rank]),), rank + 1.0)
+    expected = torch.cat([torch.full((received[src],), src + 1.0) for src in range(n)])
+    failures = []
+    for call in range(20):  # the first ones go either way
+        y = fcomm.all_to_all(x, world, fcomm.cpu, send_sizes=send[rank], recv_sizes=received)
+        failures += differs(f"call {call}", y, expected)[:1]
+    return failures
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_that_receives_nothing(size: int) -> None:
+    run_ranks(check_nothing_received, size)
+
+
 def check_wrap(world: fcomm.Group, lengths: list[int]) -> list[str]:
     """The engine's 32-bit counter of rounds passes its end in the middle of the test."""
     start = 2**32 - 40

@@ -480,7 +480,7 @@ def in_child(work: Callable[[], Any], timeout_s: float = 60) -> int:
     One that does not end within timeout_s is killed, after it has shown its traceback; the error tells what it did.
     """
     # A thread of gloo enters Python when its work is done. If it holds the lock of Python's list of threads just then,
-    # the child waits for it inside os.fork, for ever: python/cpython#112275, mended in 3.11.10.
+    # the child waits for it inside os.fork, for ever: python/cpython#112275, mended in later 3.11.
     time.sleep(0.05)
     pid = os.fork()
     if pid == 0:
