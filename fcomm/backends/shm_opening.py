@@ -116,8 +116,7 @@ def _join(owner: Live, native: Any, life: int, deadline: float, opened: contextl
     name, nonce = _ADDRESS.unpack(_get(owner, "cpu/address", _ADDRESS.size, 0, deadline))
     connection = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     with _peer(owner, 0):
-        connection.settimeout(max(0.0, deadline - time.monotonic()) or 0.001)
-        connection.connect(_abstract(name))
+        _connect(connection, _abstract(name), deadline)
         if _peer_uid(connection) != os.geteuid():
             raise RendezvousError(
                 f"cpu: the socket of rank 0 of group '{owner.group.name}' belongs to user {_peer_uid(connection)}, not "
@@ -188,6 +187,18 @@ def _descriptor(fd: int) -> Iterator[int]:
 
 def _abstract(name: bytes) -> bytes:
     return b"\0fcomm." + name.hex().encode()
+
+
+def _connect(connection: socket.socket, address: bytes, deadline: float) -> None:
+    """TimeoutError if the socket takes nobody before the deadline."""
+    connection.setblocking(False)
+    while True:
+        try:
+            return connection.connect(address)
+        except BlockingIOError:  # others wait to be accepted, as many as the socket lets; it promises us no place
+            if time.monotonic() > deadline:
+                raise TimeoutError from None
+            time.sleep(0.001)
 
 
 def _accept(owner: Live, listener: socket.socket, missing: Sequence[int], deadline: float) -> socket.socket:
