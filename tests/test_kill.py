@@ -20,8 +20,10 @@ import pytest
 import torch
 
 import fcomm
+from fcomm.backends import shm_opening
 from fcomm.backends.pool import native
 from fcomm.bootstrap import loopback_store
+from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
 
 pytestmark = pytest.mark.skipif(native is None, reason="the engine is not built; test_cpu_without.py covers that")
@@ -93,10 +95,12 @@ def trial_main(rank: int, size: int, root: str, plan: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def processes(size: int, root: Path, plan: dict[str, Any]) -> Iterator[list[Any]]:
+def processes(
+    size: int, root: Path, plan: dict[str, Any], main: Callable[..., None] = trial_main
+) -> Iterator[list[Any]]:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["fcomm.launch"])
-    started = [context.Process(target=trial_main, args=(r, size, str(root), plan)) for r in range(size)]
+    started = [context.Process(target=main, args=(r, size, str(root), plan)) for r in range(size)]
     for process in started:
         process.start()
     try:
@@ -187,6 +191,41 @@ def test_two_hundred_random_deaths(size: int, tmp_path: Path) -> None:
         took += trial(size, act, draw.choice(calls), draw.choice([1, 1000, 400_000]), k, tmp_path / str(k))
     took.sort()
     print(f"{size} ranks: median {took[len(took) // 2] * 1e3:.1f} ms, longest {took[-1] * 1e3:.1f} ms")
+
+
+def opening_main(rank: int, size: int, root: str, plan: dict[str, Any]) -> None:
+    """One rank dies before its first collective, which for the others opens the group."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(plan["port"]))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(not plan["serves"])
+    world = fcomm.init(timeout_s=30.0)
+    if rank == plan["victim"]:
+        if plan["claims"]:  # it dies a step later
+            shm_opening.why_not_shared(live(world), native.ABI)
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        fcomm.all_reduce(torch.ones(3), world, fcomm.cpu)
+    except fcomm.FcommError as error:
+        end = [type(error).__name__, str(error), list(error.culprits), time.monotonic() - start]
+        Path(root, f"tmp{rank}").write_text(json.dumps(end))
+        Path(root, f"tmp{rank}").rename(Path(root, f"end{rank}"))
+        signal.pause()  # or it would be dead, too
+
+
+@pytest.mark.parametrize("claims", [False, True])
+@pytest.mark.parametrize(("victim", "serves"), [(0, False), (1, False), (2, False), (0, True)])
+def test_a_rank_that_dies_before_the_group_opens(victim: int, serves: bool, claims: bool, tmp_path: Path) -> None:
+    store, port = loopback_store(60.0)
+    if serves:
+        del store  # the first rank takes its place
+    survivors = {0, 1, 2} - {victim}
+    plan = {"victim": victim, "serves": serves, "claims": claims, "port": port}
+    with processes(3, tmp_path, plan, opening_main):
+        wait_until(lambda: all((tmp_path / f"end{r}").exists() for r in survivors), 40, "the survivors raise")
+    for r in survivors:
+        kind, text, culprits, took_s = json.loads((tmp_path / f"end{r}").read_text())
+        assert (kind, culprits) == ("PeerDiedError", [victim]), text
+        assert took_s < 5.0  # 2 s, and as much again for three processes to start on a busy machine
 
 
 # --- ranks that disagree ----------------------------------------------------------------------------------------------

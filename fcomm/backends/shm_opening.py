@@ -23,6 +23,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from fcomm import processes
 from fcomm.errors import PeerDiedError, RendezvousError
 from fcomm.rendezvous import Live
@@ -32,6 +34,7 @@ _ADDRESS = struct.Struct("!16sQ")  # socket name, nonce
 _HELLO = struct.Struct("!QI4x")  # nonce, rank
 _FDS_PER_MESSAGE = 250  # the kernel takes 253
 _READY, _FAILED = b"+", b"-"
+_SLICE_S = 0.2  # how often a rank that waits looks whether another has ended
 
 
 def host_identity() -> bytes:
@@ -202,11 +205,14 @@ def _connect(connection: socket.socket, address: bytes, deadline: float) -> None
 
 
 def _accept(owner: Live, listener: socket.socket, missing: Sequence[int], deadline: float) -> socket.socket:
-    listener.settimeout(max(0.0, deadline - time.monotonic()) or 0.001)
-    try:
-        return listener.accept()[0]
-    except TimeoutError as error:
-        raise _absent(owner, missing) from error
+    while True:
+        _look_for_the_dead(owner)
+        listener.settimeout(min(_SLICE_S, max(0.001, deadline - time.monotonic())))
+        try:
+            return listener.accept()[0]
+        except TimeoutError as error:
+            if time.monotonic() > deadline:
+                raise _absent(owner, missing) from error
 
 
 def _absent(owner: Live, missing: Sequence[int]) -> RendezvousError:
@@ -225,11 +231,26 @@ def _peer(owner: Live, rank: int) -> Iterator[None]:
     except TimeoutError as error:
         raise _absent(owner, [rank]) from error
     except (OSError, EOFError) as error:
-        raise PeerDiedError(
-            f"cpu: rank {rank} ended while group '{owner.group.name}' of size {owner.group.size} opened its shared "
-            "memory; look at that rank's log",
-            group=owner.group.name, rank=owner.group.rank, culprits=[rank],
-        ) from error  # fmt: skip
+        # One that gave up because another had ended closes its socket, too.
+        raise _died(owner, _dead(owner) or [rank]) from error
+
+
+def _dead(owner: Live) -> list[int]:
+    return [r for r, who in enumerate(owner.identities) if processes.has_ended(who)]
+
+
+def _look_for_the_dead(owner: Live) -> None:
+    """Raise PeerDiedError if a rank has ended: not all have joined yet, so now they never will."""
+    if dead := _dead(owner):
+        raise _died(owner, dead)
+
+
+def _died(owner: Live, dead: Sequence[int]) -> PeerDiedError:
+    return PeerDiedError(
+        f"cpu: ranks {list(dead)} ended before group '{owner.group.name}' of size {owner.group.size} had opened its "
+        "shared memory; look at their logs",
+        group=owner.group.name, rank=owner.group.rank, culprits=dead,
+    )  # fmt: skip
 
 
 def _peer_uid(connection: socket.socket) -> int:
@@ -282,19 +303,45 @@ def _receive_fds(connection: socket.socket, count: int, deadline: float) -> list
 # --- the store ----------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _store(owner: Live) -> Iterator[dist.Store]:
+    """Errors of the group's store: the process that serves it, often a rank, has ended."""
+    try:
+        yield owner.store
+    except dist.DistError as error:
+        time.sleep(_SLICE_S)  # a process that ends closes its sockets first
+        dead = _dead(owner)
+        raise PeerDiedError(
+            f"cpu: the store of group '{owner.group.name}' of size {owner.group.size} is gone"
+            + (f", and so are ranks {dead}; look at their logs" if dead else "; look at the log of its process"),
+            group=owner.group.name, rank=owner.group.rank, culprits=dead,
+        ) from error  # fmt: skip
+
+
 def _set(owner: Live, key: str, value: bytes) -> None:
-    owner.store.set(key, value)  # type: ignore[arg-type]  # torch's stub says str, bytes arrive unchanged
+    with _store(owner) as store:
+        store.set(key, value)  # type: ignore[arg-type]  # torch's stub says str, bytes arrive unchanged
+
+
+def _has(owner: Live, key: str) -> bool:
+    with _store(owner) as store:
+        return store.check([key])
 
 
 def _get(owner: Live, key: str, nbytes: int, rank: int, deadline: float) -> bytes:
     """The value of that length that rank sets; polled, since a blocking wait would not see Ctrl-C."""
     nap = 0.0005
-    while not owner.store.check([key]):
+    look = time.monotonic() + _SLICE_S
+    while not _has(owner, key):
         if time.monotonic() > deadline:
             raise _absent(owner, [rank])
+        if time.monotonic() > look:
+            _look_for_the_dead(owner)
+            look = time.monotonic() + _SLICE_S
         time.sleep(nap)
         nap = min(2 * nap, 0.02)
-    value = bytes(owner.store.get(key))
+    with _store(owner) as store:
+        value = bytes(store.get(key))
     if len(value) != nbytes:
         raise RendezvousError(
             f"cpu: rank {rank} of group '{owner.group.name}' left {len(value)} bytes under '{key}', not {nbytes}; "
