@@ -108,3 +108,45 @@ def check_many(world: fcomm.Group) -> list[str]:
 @pytest.mark.skipif(native is None, reason="the engine is not built; torch.distributed's errors have other words")
 def test_messages_of_many_dimensions_arrive_and_are_compared() -> None:
     run_ranks(check_many, 2, timeout_s=60)
+
+
+# --- derivatives that one rank sends and the other does not take --------------------------------------------------
+
+
+def _data_beside(v: Tensor, step: int, world: fcomm.Group, backend: str) -> Tensor:
+    """A ring in which the messages have no derivative, and what stands beside them has."""
+    data = torch.full((3,), 10.0 * step + (world.rank or 0))
+    return fcomm.recv(v, world, getattr(fcomm, backend), after=fcomm.send(data, world, getattr(fcomm, backend)))
+
+
+def check_data_beside(world: fcomm.Group, backend: str) -> list[str]:
+    left = (1 - (world.rank or 0)) * torch.ones(3)
+    for step in range(3):
+        v = torch.ones(3, requires_grad=True)
+        (got := _data_beside(v, step, world, backend) * v).sum().backward()
+        primal, tangent = torch.func.jvp(lambda v, step=step: _data_beside(v, step, world, backend) * v, (v,), (3 * v,))
+        torch.testing.assert_close([got, v.grad, primal], [10 * step + left] * 3)
+        torch.testing.assert_close(tangent, 3 * (10 * step + left))
+    return []
+
+
+@pytest.mark.parametrize("backend", ["cpu", "c10d"])
+def test_messages_that_are_data_have_no_derivative(backend: str) -> None:
+    run_ranks(check_data_beside, 2, backend, timeout_s=60)
+
+
+def check_not_taken(world: fcomm.Group, backend: str) -> list[str]:
+    """Rank 1 differentiates a batch that is data on rank 0, which then waits for a result."""
+    on, batch = (world, getattr(fcomm, backend)), torch.ones(3)
+    if world.rank == 0:
+        fcomm.send(batch, *on, dst=1)
+        with pytest.raises(fcomm.MismatchError, match=r"the cotangent of a recv.*or detach both"):
+            fcomm.recv(batch, *on, src=1)
+        return []
+    (fcomm.recv(batch, *on, src=0) ** 2).sum().backward()
+    return []
+
+
+@pytest.mark.parametrize("backend", ["cpu", "c10d"])
+def test_a_cotangent_is_not_taken_for_a_message(backend: str) -> None:
+    run_ranks(check_not_taken, 2, backend, timeout_s=60)

@@ -32,7 +32,8 @@ def arguments(record: Record, group: fcomm.Group, op: str) -> tuple[Any, ...]:
     n = group.size
     values: dict[str, Any] = {
         "op": op, "dim": 0, "tiled": True, "sizes": None, "send_sizes": None, "recv_sizes": None, "exclusive": False,
-        "reverse": False, "split_dim": 0, "concat_dim": 1, "src": 0, "dst": 0, "rows": 2 * n, "sent_rows": 2 * n,
+        "reverse": False, "split_dim": 0, "concat_dim": 1, "src": 0, "dst": 0, "derivative": 0,
+        "rows": 2 * n, "sent_rows": 2 * n,
         "perm": [v for r in range(n) for v in (r, (r + 1) % n)],
     }  # fmt: skip
     if record.name in ("send", "recv"):

@@ -217,21 +217,21 @@ def _scatter(x: Tensor, on: Communicator, *, src: int, dim: int) -> Tensor:
 # --- one edge, and none -------------------------------------------------------------------------------------------
 
 
-def _send(x: Tensor, on: Communicator, *, dst: int) -> Tensor:
+def _send(x: Tensor, on: Communicator, *, dst: int, derivative: int) -> Tensor:
     # The receiver learns what comes first: torch.distributed would abort or wait for ever where its size differs, and
     # take the bits of another dtype for its own.
-    for tag, part in enumerate((header(x), _bytes(x.clone()))):
+    for tag, part in enumerate((header(x, derivative), _bytes(x.clone()))):
         if part.numel():
             send_later(on, part, dst, tag)
     return x.new_empty(0)
 
 
-def _recv(after: Tensor, like: Tensor, on: Communicator, *, src: int) -> Tensor:
-    head = header(like)
+def _recv(after: Tensor, like: Tensor, on: Communicator, *, src: int, derivative: int) -> Tensor:
+    head = header(like, derivative)
     receive(on, head, src, 0)
     said = head.tolist()
     y = torch.empty_like(like)
-    error = misfit(on.group, src, said, like)
+    error = misfit(on.group, src, said, like, derivative)
     # What does not fit is taken off the edge, so that the next receive does not get it.
     into = torch.empty(nbytes(said), dtype=torch.uint8, device=like.device) if error else _bytes(y)
     if into.numel():

@@ -20,6 +20,7 @@ from torch import Tensor
 from fcomm.arithmetic import OPS
 from fcomm.backends.c10d import c10d
 from fcomm.backends.pool import POOLED_NBYTES, native, pooled, why_no_native
+from fcomm.backends.rows import BOTH_OR_NONE, kind
 from fcomm.backends.shm_failure import INVALID, MISMATCH, SYSTEM, failure, poisoned
 from fcomm.backends.shm_opening import open_region, why_not_shared
 from fcomm.collectives.exchange import pairs
@@ -339,24 +340,31 @@ def _shown(dims: Sequence[int]) -> str:
     return f"[{', '.join([*lengths[:-1], '...'] if dims and dims[-1] < 0 else lengths)}]"
 
 
-def _send(x: Tensor, group: Group, handle: Any, *, dst: int) -> Called:
+def _signature(x: Tensor, derivative: int) -> tuple[int, tuple[int, ...]]:
+    """What the engine compares of a message: the dtype's code with what of a call it is above it, and the shape."""
     shape = tuple(x.shape)
-    signature = _CODES[x.dtype][0], shape if len(shape) <= _MOST_DIMS else _folded(shape)
-    return native.send(x.data_ptr(), x.nbytes, signature, dst, handle), torch.empty(0, dtype=x.dtype)
+    code = _CODES[x.dtype][0] | derivative % 2**23 << 8
+    return code, shape if len(shape) <= _MOST_DIMS else _folded(shape)
 
 
-def _recv(after: Tensor, like: Tensor, group: Group, *, src: int) -> Tensor:
+def _send(x: Tensor, group: Group, handle: Any, *, dst: int, derivative: int) -> Called:
+    return native.send(x.data_ptr(), x.nbytes, _signature(x, derivative), dst, handle), torch.empty(0, dtype=x.dtype)
+
+
+def _recv(after: Tensor, like: Tensor, group: Group, *, src: int, derivative: int) -> Tensor:
     c = _communicator(group)
     if c.handle is None:
-        return c10d.lowerings["recv"](after, like, group, src=src)
-    code, width = _CODES[like.dtype]
-    y = _new(like.shape, like, width)
-    shape = tuple(like.shape)
-    signature = code, shape if len(shape) <= _MOST_DIMS else _folded(shape)
-    status, *sent = native.recv(y.data_ptr(), like.nbytes, signature, src, c.handle)
+        return c10d.lowerings["recv"](after, like, group, src=src, derivative=derivative)
+    y = _new(like.shape, like, like.element_size())
+    status, *sent = native.recv(y.data_ptr(), like.nbytes, _signature(like, derivative), src, c.handle)
     if status:
         # Here alone the two sides are known at once.
-        words = {"sent": f"{name_of(sent[0])}{_shown(sent[1])}"} if status == MISMATCH and sent[0] >= 0 else {}
+        words = {}
+        if status == MISMATCH and sent[0] >= 0:
+            words["sent"] = f"{name_of(sent[0] & 255)}{_shown(sent[1])}"
+            if sent[0] >> 8 != derivative:
+                words["sent"] = f"{kind(sent[0] >> 8)}, {words['sent']}"
+                words["expected"] = f"{kind(derivative)}: {BOTH_OR_NONE}"
         raise _error(status, "recv", like, c, {"src": src, **words})
     return y
 

@@ -291,12 +291,12 @@ def _scatter(m: Machine, x: Tensor, group: Group, *, src: int, dim: int) -> Tens
 # --- one edge, and none -------------------------------------------------------------------------------------------
 
 
-def _send(m: Machine, x: Tensor, group: Group, *, dst: int) -> Tensor:
+def _send(m: Machine, x: Tensor, group: Group, *, dst: int, derivative: int) -> Tensor:
     # A copy: the caller may write x again before it has left. The receiver learns what comes first: NCCL would
     # write past the end of a smaller tensor, or wait for ever for the rest of a larger one. Both go as bytes, so that a
     # receiver of another dtype can take them and say what is wrong.
     on, edge = team(m, group, x.device), (group.rank or 0, dst)
-    for part in (header(x), x.clone()):
+    for part in (header(x, derivative), x.clone()):
         if part.numel():
             send_later(on, part, dst, partial(issue, on, "send", partial(_send_part, m, _as(torch.uint8, part)), edge))
     return x.new_empty(0)
@@ -306,7 +306,7 @@ def _send_part(m: Machine, part: Tensor, c: Comm) -> None:
     m.send(c, part, 1)
 
 
-def _recv(m: Machine, after: Tensor, like: Tensor, group: Group, *, src: int) -> Tensor:
+def _recv(m: Machine, after: Tensor, like: Tensor, group: Group, *, src: int, derivative: int) -> Tensor:
     on, edge = team(m, group, like.device), (src, group.rank or 0)
     if is_capturing(like.device):
         raise FcommError(f"{on.where('recv')}: a graph cannot capture it, it reads the message's size; use ppermute")
@@ -314,7 +314,7 @@ def _recv(m: Machine, after: Tensor, like: Tensor, group: Group, *, src: int) ->
     issue(on, "recv", lambda c: m.recv(c, _as(torch.uint8, head), 0), edge)
     said = head.tolist()
     y = torch.empty_like(like)
-    error = misfit(group, src, said, like)
+    error = misfit(group, src, said, like, derivative)
     # What does not fit is taken off the edge, or the sender would wait for it to be.
     into = torch.empty(nbytes(said), dtype=torch.uint8, device=like.device) if error else _as(torch.uint8, y)
     if into.numel():

@@ -105,21 +105,21 @@ def check_blocks(name: str, group: Group, said: Sequence[Sequence[int]] | None, 
 # --- messages -----------------------------------------------------------------------------------------------------
 
 
-# count, width, dtype, ndim, a hash of the whole shape, and as much of it as an error shows; int64.
+# count, width, dtype, derivative, ndim, a hash of the whole shape, and as much of it as an error shows; int64.
 _SHOWN = 16
-HEADER = 5 + _SHOWN
+HEADER = 6 + _SHOWN
 
 
-def header(x: Tensor) -> Tensor:
+def header(x: Tensor, derivative: int) -> Tensor:
     """What goes ahead of a message, [HEADER]: what the message is, in numbers that are the same in all processes."""
-    return torch.tensor(_described(x), dtype=torch.int64, device=x.device)
+    return torch.tensor(_described(x, derivative), dtype=torch.int64, device=x.device)
 
 
-def _described(x: Tensor) -> list[int]:
+def _described(x: Tensor, derivative: int) -> list[int]:
     shape = tuple(x.shape)
     shown = [*shape[:_SHOWN], *[0] * (_SHOWN - len(shape))]
     # Of ints only: the hash of a string differs among processes.
-    return [x.numel(), x.element_size(), CODES[x.dtype], len(shape), hash(shape), *shown]
+    return [x.numel(), x.element_size(), CODES[x.dtype], derivative, len(shape), hash(shape), *shown]
 
 
 def nbytes(said: Sequence[int]) -> int:
@@ -127,11 +127,17 @@ def nbytes(said: Sequence[int]) -> int:
     return said[0] * said[1]
 
 
-def misfit(group: Group, src: int, said: Sequence[int], like: Tensor) -> MismatchError | None:
+def misfit(group: Group, src: int, said: Sequence[int], like: Tensor, derivative: int) -> MismatchError | None:
     """The error of a message whose header is not like's; None if it is."""
-    own = _described(like)
+    own = _described(like, derivative)
     if list(said) == own:
         return None
+    if said[3] != derivative:
+        return mismatch(
+            "recv",
+            group,
+            f"disagree: rank {src} sends {kind(said[3])}, rank {group.rank} expects {kind(derivative)}; {BOTH_OR_NONE}",
+        )
     return mismatch(
         "recv",
         group,
@@ -140,6 +146,19 @@ def misfit(group: Group, src: int, said: Sequence[int], like: Tensor) -> Mismatc
     )
 
 
+BOTH_OR_NONE = (
+    "differentiate both the token of a send and the result of its recv on the other rank, or detach both: the "
+    "derivative that one sends the other must take"
+)
+
+
+def kind(derivative: int) -> str:
+    """What a message of send is, in words."""
+    return {0: "a message of send", 1: "the cotangent of a recv", 2: "the tangent of a send"}.get(
+        derivative, "a derivative of higher order"
+    )
+
+
 def _named(said: Sequence[int]) -> str:
-    dims = [*said[5 : 5 + said[3]], *["..."] * (said[3] > _SHOWN)]
+    dims = [*said[6 : 6 + said[4]], *["..."] * (said[4] > _SHOWN)]
     return f"{dtype_name(said[2])}[{', '.join(map(str, dims))}]"

@@ -20,12 +20,13 @@ def send(x: Tensor, group: Group, backend: Backend, *, dst: int | None = None) -
         rank 1  recv(like, .., src=0)  ->  x
 
     The token is an empty tensor of x's dtype (on a simulated axis it carries x). Pass it to recv(after=token), or add
-    token.sum() to the loss: a rank that never differentiates it does not take the cotangent that its receiver sends.
+    token.sum() to the loss: a rank that never differentiates it does not take the cotangent that its receiver sends,
+    and the next message from there raises MismatchError.
     dst: a rank within the group; on a simulated axis, where every rank runs this call, leave it out or use ppermute.
     Any dtype. vjp: recv from dst. Traffic: x's bytes.
     Raises FcommError if dst is not another rank of the group.
     """
-    return apply("send", x, group, backend, _peer("send", "dst", dst, 1, group))
+    return apply("send", x, group, backend, _peer("send", "dst", dst, 1, group), 0)
 
 
 def recv(
@@ -35,10 +36,11 @@ def recv(
 
     after: a token of send. The receive, and in backward its send, keeps its place after that send; in a ring, where all
     ranks send and then receive, always pass it.
-    vjp: send to src; like gets zeros. For the cotangent to be sent, like or after must be part of what is
-    differentiated (after=None makes a token that is, for backward()). Traffic: x's bytes.
+    vjp: send to src. The cotangent is sent if after is part of what is differentiated, as it is where the x of its send
+    is; without after, if like is, and always in backward(): detach the result where the sender wants no cotangent.
+    Traffic: x's bytes.
     Raises FcommError if src is not another rank of the group, MismatchError where the message has another shape or
-    dtype.
+    dtype, or is a derivative that this rank did not take when it came.
     """
     checks.is_tensor("recv", "like", like)
     peer = _peer("recv", "src", src, -1, group)
@@ -47,8 +49,11 @@ def recv(
             raise ArgumentError(f"recv: on group '{group.name}' the token carries the message; pass after=send(..)")
         real = like.dtype.is_floating_point or like.dtype.is_complex
         after = torch.empty(0, dtype=like.dtype, device=like.device, requires_grad=real and torch.is_grad_enabled())
-    checks.is_tensor("recv", "after", after)
-    return apply("recv", (after, like), group, backend, peer)
+    else:
+        checks.is_tensor("recv", "after", after)
+        # Its zeros must not make a derivative of a message that has none where it was sent.
+        like = like.detach()
+    return apply("recv", (after, like), group, backend, peer, 0)
 
 
 def _peer(name: str, option: str, peer: int | None, step: int, group: Group) -> int:
@@ -68,6 +73,18 @@ def _peer(name: str, option: str, peer: int | None, step: int, group: Group) -> 
     return peer
 
 
+# Each derivative of a call sends on the edge of the call or back. So a message says which one it is, 0 for the call
+# itself, and none is taken for another where one of the two ranks differentiates and the other does not.
+
+
+def _of_vjp(derivative: int) -> int:
+    return 2 * derivative + 1
+
+
+def _of_jvp(derivative: int) -> int:
+    return 2 * derivative + 2
+
+
 def _send_batch(
     call: Callable[..., Tensor], size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, int]:
@@ -79,34 +96,45 @@ def _send_batch(
 
 define(
     "send",
-    schema="int dst",
-    spec=lambda xs, dst: [x.clone() for x in xs],
-    shape=lambda s, group, dst: (0,) if group.size > 1 else s,
+    schema="int dst, int derivative",
+    spec=lambda xs, dst, derivative: [x.clone() for x in xs],
+    shape=lambda s, group, dst, derivative: (0,) if group.size > 1 else s,
     # A new tensor: a machine would lay the stand-in out.
-    vjp=lambda ct, group, backend, dst, x: apply("recv", (ct, x.new_empty(x.shape)), group, backend, dst),
+    vjp=lambda ct, group, backend, dst, derivative, x: apply(
+        "recv", (ct, x.new_empty(x.shape)), group, backend, dst, _of_vjp(derivative)
+    ),
+    jvp=lambda t, group, backend, dst, derivative: apply("send", t, group, backend, dst, _of_jvp(derivative)),
     shape_of=("x",),
     batch=_send_batch,
     busbw=lambda n: 1.0,
 )
 
 
-def _recv_spec(afters: list[Tensor], likes: list[Tensor], src: int) -> list[Tensor]:
+def _recv_spec(afters: list[Tensor], likes: list[Tensor], src: int, derivative: int) -> list[Tensor]:
     n = len(afters)
     return [afters[(r + src) % n].clone() for r in range(n)]
 
 
-def _recv_vjp(ct: Tensor, group: Group, backend: Backend, src: int, after: Tensor) -> tuple[Tensor, Tensor]:
+def _recv_vjp(
+    ct: Tensor, group: Group, backend: Backend, src: int, derivative: int, after: Tensor
+) -> tuple[Tensor, Tensor]:
     # One token for a batch of messages, where `after` may be a batch of tokens.
-    return apply("send", ct, group, backend, src).reshape(after.shape), torch.zeros_like(ct)
+    token = apply("send", ct, group, backend, src, _of_vjp(derivative))
+    return token.reshape(after.shape), torch.zeros_like(ct)
+
+
+def _recv_jvp(after: Tensor, like: Tensor, group: Group, backend: Backend, src: int, derivative: int) -> Tensor:
+    return apply("recv", (after, like), group, backend, src, _of_jvp(derivative))
 
 
 define(
     "recv",
     inputs=("after", "like"),
-    schema="int src",
+    schema="int src, int derivative",
     spec=_recv_spec,
-    shape=lambda after, like, group, src: like,
+    shape=lambda after, like, group, src, derivative: like,
     vjp=_recv_vjp,
+    jvp=_recv_jvp,
     # For the shape, and because send saves a tensor: a checkpoint's second forward ends with the last one saved, and
     # between a send and its recv it would leave a message behind.
     shape_of=("after",),
