@@ -42,11 +42,17 @@ def tensors(world: fcomm.Group) -> None:
     y.backward(torch.full_like(y, rank + 1.0))
     assert torch.equal(leaf.grad, torch.full((2, 3), (rank + 1) % n + 1.0))
 
-    # One edge, without gradient.
+    # One edge, without gradient: what is learned from the message sends nothing that the next recv would take for one.
     if rank == 0:
-        fastvideo.send(torch.arange(4), dst=n - 1, **handles)
+        fastvideo.send(torch.arange(4.0), dst=n - 1, **handles)
+        assert fastvideo.recv((4,), torch.float32, n - 1, **handles).tolist() == [7.0] * 4
     if rank == n - 1:
-        assert fastvideo.recv((4,), torch.int64, 0, **handles).tolist() == [0, 1, 2, 3]
+        y = fastvideo.recv((4,), torch.float32, 0, **handles)
+        assert y.numpy().tolist() == [0, 1, 2, 3]
+        leaf = torch.ones(4, requires_grad=True)
+        (leaf * y).sum().backward()
+        assert torch.equal(leaf.grad, y)
+        fastvideo.send(torch.full((4,), 7.0), dst=0, **handles)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -89,10 +89,13 @@ def recv(
 ) -> Tensor:
     """Receive a tensor of that size and dtype from rank src, by default the previous.
 
-    device: of the result, by default the backend's. after: a token of send, as in fcomm.recv.
+    device: of the result, by default the backend's. after: a token of send, as in fcomm.recv; without it the result
+    has no derivative, as in FastVideo.
     """
     where = device if device is not None else backend.devices[0] if backend.devices else "cpu"
-    return fcomm.recv(torch.empty(tuple(size), dtype=dtype, device=where), group, backend, src=src, after=after)
+    y = fcomm.recv(torch.empty(tuple(size), dtype=dtype, device=where), group, backend, src=src, after=after)
+    # A cotangent that the sender does not wait for would be its next message.
+    return y.detach() if after is None else y
 
 
 # --- small values over the store ----------------------------------------------------------------------------------
