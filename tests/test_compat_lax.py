@@ -231,7 +231,10 @@ def test_under_vmap_and_compiled() -> None:
     ("call", "text"),
     [
         (lambda x: lax.psum(x, *HANDLES, axis_index_groups=[[0, 1], [2, 2]]), "put each rank of 0 .. 3 into one block"),
-        (lambda x: lax.psum(x, *HANDLES, axis_index_groups=[[0, 1, 2], [3]]), "all of a length"),
+        (lambda x: lax.psum(x, *HANDLES, axis_index_groups=[[0, 1, 2, 3], []]), "no block empty"),
+        (lambda x: lax.all_gather(x, *HANDLES, axis_index_groups=[[0, 1, 2], [3]]), "all of a length"),
+        (lambda x: lax.all_to_all(x, *HANDLES, 0, 0, axis_index_groups=[[0, 1, 2], [3]]), "all of a length"),
+        (lambda x: lax.psum_scatter(x, *HANDLES, axis_index_groups=[[0, 1, 2], [3]]), "all of a length"),
         (lambda x: lax.all_to_all(x, *HANDLES, 0, 0, axis_index_groups=[[0]]), "all_to_all: axis_index_groups is"),
         (lambda x: lax.psum_scatter(x, *HANDLES, axis_index_groups=[[0, 1], [2, 3]]), "does not fit blocks of 2 ranks"),
         (
@@ -394,6 +397,46 @@ def test_blocks_list_their_ranks_in_any_order() -> None:
     assert integers.tolist() == [2, 4, 2, 4]
 
 
+UNEQUAL = [[0, 3, 1], [2]]
+
+# pmean divides by the length of the first block, as in JAX.
+REDUCED_BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "psum": lambda rows: rows.sum(0),
+    "pmean": lambda rows: rows.sum(0) / 3,
+    "pmax": lambda rows: rows.amax(0),
+    "pmin": lambda rows: rows.amin(0),
+}
+
+
+@pytest.mark.parametrize("name", REDUCED_BLOCKS)
+def test_reductions_take_blocks_of_different_lengths(name: str) -> None:
+    def call(x: Tensor) -> Tensor:
+        return getattr(lax, name)(x, *HANDLES, axis_index_groups=UNEQUAL)
+
+    def meaning(x: Tensor) -> Tensor:
+        block_of = {r: block for block in UNEQUAL for r in block}
+        return torch.stack([REDUCED_BLOCKS[name](x[block_of[r]]) for r in range(N)])
+
+    x, ct, t = torch.randint(-2, 3, (3, N, 9)).double()  # with ties
+    x[2, 0] = torch.nan  # which stays in its block
+    torch.testing.assert_close(on_axis(call, x), meaning(x), equal_nan=True)
+    x[2, 0] = 0
+    got = on_axis(lambda x, ct: torch.func.vjp(call, x)[1](ct)[0], x, ct)
+    torch.testing.assert_close(got, torch.func.vjp(meaning, x)[1](ct)[0])
+    got = on_axis(lambda x, t: torch.func.jvp(call, (x,), (t,))[1], x, t)
+    torch.testing.assert_close(got, torch.func.jvp(meaning, (x,), (t,))[1])
+
+
+def test_numbers_count_the_first_block() -> None:
+    blocks: dict[str, Any] = {"axis_index_groups": UNEQUAL}
+    assert lax.psum(2, *HANDLES, **blocks) == 6
+    assert lax.pmean(2, *HANDLES, **blocks) == 2
+    ones = torch.ones(N, dtype=torch.int32)
+    assert on_axis(lambda x: lax.psum(x, *HANDLES, **blocks), ones).tolist() == [3, 3, 1, 3]
+    mean = on_axis(lambda x: lax.pmean(x, *HANDLES, **blocks), ones)
+    torch.testing.assert_close(mean, torch.tensor([1, 1, 1 / 3, 1]))
+
+
 def blocks_in_processes(world: fcomm.Group) -> None:
     rank, backend = world.rank or 0, fcomm.c10d
     tp = fcomm.split(world, 2, name="tp")
@@ -406,6 +449,8 @@ def blocks_in_processes(world: fcomm.Group) -> None:
         lambda g, **b: lax.all_to_all(x, g, backend, 1, 0, **b),
     ):
         torch.testing.assert_close(call(world, axis_index_groups=blocks), call(tp))
+    unequal = lax.psum(torch.tensor(10.0**rank), world, backend, axis_index_groups=UNEQUAL)
+    assert unequal.item() == (100 if rank == 2 else 1011)
     numbers = [torch.tensor(v) for v in ([0, 1], [1, 2], [2 * (tp.rank or 0)] * 2, [(tp.rank or 0) + 1] * 2)]
     operand = torch.arange(3.0) + 10 * rank
     got = lax.ragged_all_to_all(operand, torch.zeros(4), *numbers, world, backend, axis_index_groups=blocks)

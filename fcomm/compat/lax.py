@@ -46,10 +46,14 @@ def psum(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks 
 
 
 def pmean(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks = None) -> Tree:
-    """Mean over the group. Integers and bool give torch's default float dtype."""
+    """Mean over the group. Integers and bool give torch's default float dtype.
+
+    With axis_index_groups of different lengths the sums are divided by the length of the first, as in JAX.
+    """
+    unequal = axis_index_groups is not None and len({len(block) for block in axis_index_groups}) > 1
 
     def leaf(v: Any) -> Any:
-        if isinstance(v, _NUMBERS) or not (_array(v).is_floating_point() or _array(v).is_complex()):
+        if unequal or isinstance(v, _NUMBERS) or not (_array(v).is_floating_point() or _array(v).is_complex()):
             n = _size("pmean", group, backend, axis_index_groups)
             return psum(v, group, backend, axis_index_groups=axis_index_groups) / n
         return _fold("pmean", _array(v), group, backend, "mean", axis_index_groups)
@@ -333,21 +337,31 @@ def _fold(name: str, x: Tensor, group: Groups, backend: Backend, op: str, blocks
         for g in _groups(group):
             x = fcomm.all_reduce(x, g, backend, op=op)
         return x
-    return fold(_of_block(name, x, group, backend, blocks).unbind(0), op)
+    _size(name, group, backend, blocks)
+    rows = all_gather(x, group, backend)
+    folded = torch.stack([fold([rows[int(r)] for r in block], op) for block in blocks])
+    block_of = {int(r): k for k, block in enumerate(blocks) for r in block}
+    own = torch.tensor([block_of[r] for r in sorted(block_of)]).index_select(0, axis_index(group, backend).reshape(1))
+    return folded.index_select(0, own.to(x.device)).squeeze(0)
 
 
-# --- axis_index_groups: the ranks in blocks of one length ---------------------------------------------------------
+# --- axis_index_groups: the ranks in blocks, of one length but for reductions -------------------------------------
+
+_REDUCTIONS = ("psum", "pmean", "pmax", "pmin")
 
 
 def _size(name: str, group: Groups, backend: Backend, blocks: Blocks) -> int:
-    """Number of ranks that take part with this one."""
+    """Number of ranks that take part with this one; as in JAX, of the first block where they differ in length."""
     n = axis_size(group, backend)
     if blocks is None:
         return n
-    if sorted(int(r) for block in blocks for r in block) != list(range(n)) or len({len(block) for block in blocks}) > 1:
+    lengths = {len(block) for block in blocks}
+    if sorted(int(r) for block in blocks for r in block) != list(range(n)) or 0 in lengths:
         raise ArgumentError(
-            f"{name}: axis_index_groups is {blocks!r}; put each rank of 0 .. {n - 1} into one block, all of a length"
+            f"{name}: axis_index_groups is {blocks!r}; put each rank of 0 .. {n - 1} into one block, no block empty"
         )
+    if len(lengths) > 1 and name not in _REDUCTIONS:
+        raise ArgumentError(f"{name}: axis_index_groups is {blocks!r}; put the ranks into blocks all of a length")
     return len(blocks[0])
 
 
