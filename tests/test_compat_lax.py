@@ -336,6 +336,23 @@ def test_several_groups_refuse_what_does_not_fit() -> None:
         on_both(lambda x: lax.ppermute(x, BOTH, fcomm.sim, [(0, 6)]))
 
 
+def test_no_group_is_the_rank_alone_as_in_jax() -> None:
+    x = torch.arange(3.0)
+    for reduce in (lax.psum, lax.pmean, lax.pmax, lax.pmin, lax.all_gather, lax.psum_scatter, lax.pvary):
+        assert torch.equal(reduce(x, (), fcomm.sim), x)
+    assert lax.axis_index((), fcomm.sim).item() == 0
+    assert lax.axis_index((), fcomm.sim).dtype == torch.int64
+    assert lax.axis_size((), fcomm.sim) == 1
+    for call in (
+        lambda: lax.ppermute(x, (), fcomm.sim, []),
+        lambda: lax.pbroadcast(x, (), fcomm.sim, 0),
+        lambda: lax.all_to_all(x, (), fcomm.sim, 0, 0),
+        lambda: lax.psum(x, (), fcomm.sim, axis_index_groups=[[0]]),
+    ):
+        with pytest.raises(ValueError, match="no group is given"):
+            call()
+
+
 # --- axis_index_groups --------------------------------------------------------------------------------------------
 
 OF_BLOCKS: dict[str, Callable[..., Any]] = {

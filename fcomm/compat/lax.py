@@ -6,8 +6,9 @@
 Names, options and defaults are JAX's (0.10), and so is the meaning; derivatives are those of check_vma=False. x may be
 a pytree of tuples, lists, dicts and None; leaves may be tensors, arrays and Python numbers. Where JAX takes a sequence
 of names, these take a sequence of groups, whose ranks count row by row, the last group fastest; pargmax, pargmin and
-ragged_all_to_all take one group. With axis_index_groups every rank receives what all ranks have and uses that of its
-block; a group of those ranks, by fcomm.subgroup, sends less.
+ragged_all_to_all take one group. Over an empty sequence reductions, all_gather and psum_scatter return x. With
+axis_index_groups every rank receives what all ranks have and uses that of its block; a group of those ranks, by
+fcomm.subgroup, sends less.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ def all_gather(
             return _concatenated(_of_block("all_gather", v, group, backend, axis_index_groups), axis, tiled)
         gather = fcomm.all_gather_invariant if to == "invarying" else fcomm.all_gather
         groups = _groups(group)
+        if not groups:
+            return v
         dim = checks.canonical_dim("all_gather", "axis", axis, v, groups[-1], new=0 if tiled else 1)
         v = v if tiled else v.unsqueeze(dim)
         for g in reversed(groups):
@@ -136,12 +139,14 @@ def psum_scatter(
 ) -> Tree:
     """Sum over the group and keep this rank's row; tiled: this rank's block of scatter_dimension."""
 
-    def leaf(v: Any) -> Tensor:
+    def leaf(v: Any) -> Any:
         if axis_index_groups is not None:
             v = _fold("psum_scatter", _array(v), group, backend, "sum", axis_index_groups)
             return _own("psum_scatter", v, group, backend, axis_index_groups, scatter_dimension, tiled)
-        *outer, last = _groups(group)
-        v = _array(v)
+        v, groups = _array(v), _groups(group)
+        if not groups:
+            return v
+        *outer, last = groups
         for g in outer:
             v = fcomm.reduce_scatter(v, g, backend, dim=scatter_dimension)
         return fcomm.reduce_scatter(v, last, backend, dim=scatter_dimension, tiled=tiled)
@@ -167,7 +172,7 @@ def all_to_all(
             a, b = split_axis % (rows.dim() - 1), concat_axis % (rows.dim() - 1)
             rows = _own("all_to_all", rows, group, backend, axis_index_groups, a + 1, tiled)
             return _concatenated(rows, b, tiled)
-        groups = _groups(group)
+        groups = _some_groups("all_to_all", group)
         if len(groups) > 1:
             return _all_to_all_over(groups, backend, _array(v), split_axis, concat_axis, tiled)
         return fcomm.all_to_all(
@@ -241,7 +246,7 @@ def ppermute(x: Tree, group: Groups, backend: Backend, perm: Iterable[tuple[int,
     Over several groups every rank receives all x, and keeps that of its source.
     """
     pairs = [(int(source), int(destination)) for source, destination in perm]
-    groups = _groups(group)
+    groups = _some_groups("ppermute", group)
     if len(groups) == 1:
         return _map(lambda v: fcomm.ppermute(_array(v), groups[0], backend, perm=pairs), x)
     n = axis_size(groups, backend)
@@ -276,7 +281,7 @@ def pbroadcast(x: Tree, group: Groups, backend: Backend, source: int) -> Tree:
 
     def leaf(v: Any) -> Tensor:
         v, rest = _array(v), source
-        first, *others = _groups(group)
+        first, *others = _some_groups("pbroadcast", group)
         for g in reversed(others):
             rest, src = divmod(rest, g.size)
             v = fcomm.broadcast(v, g, backend, src=src)
@@ -306,6 +311,8 @@ def pcast(x: Tree, group: Groups, backend: Backend, *, to: str) -> Tree:
 
 def axis_index(group: Groups, backend: Backend) -> Tensor:
     """This rank's number, an int64 tensor; over several groups it counts row by row, the last group fastest."""
+    if not _groups(group):
+        return torch.zeros((), dtype=torch.int64)
     first, *rest = _groups(group)
     index: Tensor = fcomm.axis_index(first, backend)
     for g in rest:
@@ -326,6 +333,13 @@ def axis_size(group: Groups, backend: Backend) -> int:
 
 def _groups(group: Groups) -> tuple[Group, ...]:
     return (group,) if isinstance(group, Group) else tuple(group)
+
+
+def _some_groups(name: str, group: Groups) -> tuple[Group, ...]:
+    groups = _groups(group)
+    if not groups:
+        raise ArgumentError(f"{name}: no group is given; pass a group, or a sequence of at least one")
+    return groups
 
 
 def _array(v: Any) -> Tensor:
@@ -355,6 +369,7 @@ def _size(name: str, group: Groups, backend: Backend, blocks: Blocks) -> int:
     n = axis_size(group, backend)
     if blocks is None:
         return n
+    _some_groups(name, group)
     lengths = {len(block) for block in blocks}
     if sorted(int(r) for block in blocks for r in block) != list(range(n)) or 0 in lengths:
         raise ArgumentError(
