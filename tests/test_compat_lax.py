@@ -498,6 +498,22 @@ def test_pairs_of_ppermute_in_any_iterable(pairs: Callable[[Any], Any]) -> None:
     assert torch.equal(y[1], 2 * x.roll(1))
 
 
+def test_numpy_integers_are_integers() -> None:
+    x, one = torch.randn(N, N, N), torch.tensor(1).numpy()[()]
+    for call in (
+        lambda x, k: lax.all_gather(x, *HANDLES, axis=k),
+        lambda x, k: lax.all_gather(x, *HANDLES, axis=k, axis_index_groups=[[0, 1], [2, 3]]),
+        lambda x, k: lax.psum_scatter(x, *HANDLES, scatter_dimension=k),
+        lambda x, k: lax.all_to_all(x, *HANDLES, k, -k),
+        lambda x, k: lax.all_to_all(x, *HANDLES, k, -k, axis_index_groups=[[0, 1, 2, 3]]),
+        lambda x, k: lax.pswapaxes(x, *HANDLES, k),
+        lambda x, k: lax.pbroadcast(x, *HANDLES, k),
+        lambda x, k: lax.pshuffle(x, *HANDLES, [k, 0 * k, 3 * k, 2 * k]),
+        lambda x, k: fcomm.ppermute(x, *HANDLES, perm=[(k, 0 * k)]),
+    ):
+        assert torch.equal(on_axis(lambda x: call(x, one), x), on_axis(lambda x: call(x, 1), x))
+
+
 @pytest.mark.parametrize("name", ["input_offsets", "send_sizes", "output_offsets", "recv_sizes"])
 @pytest.mark.parametrize(
     ("wrong", "text"),

@@ -39,11 +39,12 @@ def canonical_dim(name: str, option: str, dim: int, x: Tensor, group: Group, *, 
     if x.is_nested:  # before its shape is asked for
         refuse_nested(name)
     ndim = x.dim() + new
-    if not isinstance(dim, int) or isinstance(dim, bool) or not -ndim <= dim < ndim:
+    at = dim if type(dim) is int else _index(dim, none=ndim)
+    if not -ndim <= at < ndim:
         remedy = f"choose one in {-ndim} .. {ndim - 1}" if ndim else "reshape x to (1,)"
         of = f"the {ndim} dimensions of the result" if new else f"x of shape {tuple(x.shape)}"
         raise ArgumentError(f"{name}: {option} is {dim!r}, out of range for {of} on group '{group.name}'; {remedy}")
-    return dim + ndim if dim < 0 else dim
+    return at + ndim if at < 0 else at
 
 
 def divisible(name: str, x: Tensor, dim: int, group: Group) -> None:
@@ -79,14 +80,14 @@ def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) 
     return result
 
 
-def _index(length: object) -> int:
-    """The int that a numpy integer or a tensor of one integer is; -1 for what is none."""
-    if isinstance(length, Tensor) and length.dtype == torch.bool:
-        return -1
+def _index(number: object, none: int = -1) -> int:
+    """The int that a numpy integer or a tensor of one integer is; `none` for what is none, bool too."""
+    if isinstance(number, bool) or (isinstance(number, Tensor) and number.dtype == torch.bool):
+        return none
     try:
-        return operator.index(length)  # type: ignore[arg-type]  # it may be anything
+        return operator.index(number)  # type: ignore[arg-type]  # it may be anything
     except TypeError:
-        return -1
+        return none
 
 
 def own_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: int, group: Group) -> None:
@@ -112,12 +113,13 @@ def total_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: i
 def rank_in_group(name: str, option: str, rank: int, group: Group) -> int:
     """rank must be a rank within the group."""
     is_group(name, group)
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < group.size:
+    at = rank if type(rank) is int else _index(rank)
+    if not 0 <= at < group.size:
         raise ArgumentError(
             f"{name}: {option} is {rank!r}, not a rank of group '{group.name}' of size {group.size}; "
             f"ranks count within the group, 0 .. {group.size - 1}"
         )
-    return rank
+    return at
 
 
 _PAIRS = (tuple, list, Sequence)  # the usual ones first: asking an abstract class takes long
@@ -136,9 +138,11 @@ def canonical_perm(name: str, perm: Sequence[tuple[int, int]], group: Group) -> 
             )
         flat += pair
     n = group.size
-    for rank in flat:
-        if type(rank) is not int or not 0 <= rank < n:  # a call for each rank would take as long as all else here
-            rank_in_group(name, "a rank in perm", rank, group)
+    # A call for each rank would take as long as all else here.
+    flat = [
+        rank if type(rank) is int and 0 <= rank < n else rank_in_group(name, "a rank in perm", rank, group)
+        for rank in flat
+    ]
     for what, ranks in (("source", flat[::2]), ("destination", flat[1::2])):
         if len(set(ranks)) < len(ranks):
             twice = min(r for r in ranks if ranks.count(r) > 1)

@@ -68,7 +68,8 @@ def _peer(name: str, option: str, peer: int | None, step: int, group: Group) -> 
         return step
     if peer is None:
         return ((group.rank or 0) + step) % group.size
-    if checks.rank_in_group(name, option, peer, group) == group.rank and group.size > 1:
+    peer = checks.rank_in_group(name, option, peer, group)
+    if peer == group.rank and group.size > 1:
         raise ArgumentError(f"{name}: {option} is {peer}, this rank itself, on group '{group.name}'; use x as it is")
     return peer
 
