@@ -184,9 +184,9 @@ BAD: list[tuple[Call, type[Exception], str]] = [
         "one for each rank",
     ),
     (
-        lambda g, b: fcomm.all_to_all(X, g, b, send_sizes=np.array([1, 1]), recv_sizes=[1, 1], concat_dim=1),
+        lambda g, b: fcomm.all_to_all(X, g, b, send_sizes=np.array([1.0, 1.0]), recv_sizes=[1, 1], concat_dim=1),
         ArgumentError,
-        "all_to_all: send_sizes is array([1, 1]); group 'world' of size 2 needs a list of 2 lengths >= 0, "
+        "all_to_all: send_sizes is [1.0, 1.0]; group 'world' of size 2 needs a list of 2 lengths >= 0, "
         "one for each rank",
     ),
     (
@@ -875,11 +875,13 @@ def sizes_of_other_integers(world: Group) -> list[str]:
                 fcomm.reduce_scatter(x, world, on, sizes=(one, one)).tolist(),
                 fcomm.all_to_all(x, world, on, send_sizes=[[one, one]] * 2).tolist(),
                 fcomm.all_to_all(x, world, on, send_sizes=[one, one], recv_sizes=[one, one]).tolist(),
+                fcomm.all_to_all(x, world, on, send_sizes=np.array([1, 1]), recv_sizes=torch.tensor([1, 1])).tolist(),
             ]
-            want = [[0, 1, 2, 3], [2], [0, 2], [0, 2]] if world.rank == 0 else [[0, 1, 2, 3], [4], [1, 3], [1, 3]]
+            own = [0, 2] if world.rank == 0 else [1, 3]
+            want = [[0, 1, 2, 3], [2 if world.rank == 0 else 4], own, own, own]
             failures += [] if got == want else [f"{two!r} on {on.name}: {got} is not {want}"]
     return failures
 
 
-def test_sizes_may_be_numpys_integers_and_tensors_of_one() -> None:
+def test_sizes_may_be_arrays_tensors_and_their_entries() -> None:
     run_ranks(sizes_of_other_integers, 2)

@@ -69,6 +69,8 @@ def one_each(name: str, x: Tensor, dim: int, group: Group) -> None:
 def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) -> list[int]:
     """One block length for each rank."""
     result: list[int] | None = None
+    if not isinstance(sizes, Sequence) and hasattr(sizes, "tolist"):  # an array or a tensor
+        sizes = sizes.tolist()
     if isinstance(sizes, Sequence) and not isinstance(sizes, str):
         # A symbolic size, under compile, is no int, and an index of it would fix its value.
         result = [s if isinstance(s, int | torch.SymInt) else _index(s) for s in sizes]
