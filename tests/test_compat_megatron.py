@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ SIGNATURES = {
     "reduce_scatter_to_sequence_parallel_region": "input_, input_split_sizes=None, use_global_buffer=False",
     "all_gather_last_dim_from_tensor_parallel_region": "input_",
     "reduce_scatter_last_dim_to_tensor_parallel_region": "input_",
-    "all_to_all": "input_, output_split_sizes_=None, input_split_sizes=None",
+    "all_to_all": "input_, output_split_sizes_=None, input_split_sizes=None, use_nccl_stream=False",
     "all_to_all_sp2hp": "input_",
     "all_to_all_hp2sp": "input_",
 }
@@ -111,14 +112,26 @@ def mappings(world: fcomm.Group) -> None:
     assert torch.equal(backward(y, rows, torch.ones(3, 2)), torch.full((mine + 1, 2), 2.0))
     y = megatron.reduce_scatter_to_sequence_parallel_region(torch.ones(3, 2), input_split_sizes=[1, 2], **handles)
     assert torch.equal(y, torch.full((mine + 1, 2), 2.0))
-    with pytest.raises(ValueError, match="needs tensor_parallel_output_grad=True"):
-        megatron.gather_from_sequence_parallel_region(rows, False, output_split_sizes=[1, 2], **handles)
+    y = megatron.gather_from_sequence_parallel_region(rows, False, output_split_sizes=[1, 2], **handles)
+    assert torch.equal(y[:, 0], torch.tensor([0.0, 1, 1]) if rank < 2 else torch.tensor([2.0, 3, 3]))
+    ct = torch.arange(6.0).reshape(3, 2)
+    assert torch.equal(backward(y, rows, ct), ct.split([1, 2])[mine])
+    nothing = megatron.gather_from_sequence_parallel_region(rows[:0], False, output_split_sizes=[0, 0], **handles)
+    assert nothing.shape == (0, 2)
+    with pytest.raises(ValueError, match=r"entry of output_split_sizes=\[2, 1\]"):
+        megatron.gather_from_sequence_parallel_region(rows, False, output_split_sizes=[2, 1], **handles)
 
     # Uneven all_to_all, the group first as Megatron has it: this rank sends r + 1 rows to rank r.
     sent = leaf(torch.full((3, 2), float(rank)))
     y = megatron.all_to_all(tp, fcomm.c10d, sent, [mine + 1] * 2, [1, 2])
     assert torch.equal(y[:, 0], torch.tensor([float(r) for r in tp.ranks]).repeat_interleave(mine + 1))
     assert torch.equal(backward(y, sent, torch.full_like(y, float(rank)))[:, 0], both[[0, 4, 4]])
+    # The splits as its dispatchers pass them; without those of one side, its blocks are equal.
+    outs, ins = np.array([mine + 1] * 2), np.array([1, 2])
+    assert torch.equal(megatron.all_to_all(tp, sent, outs, ins, use_nccl_stream=True, backend=fcomm.c10d), y)
+    equal = megatron.all_to_all(tp, part, backend=fcomm.c10d)
+    for split in ({"output_split_sizes_": np.array([2, 2])}, {"input_split_sizes": np.array([2, 2])}):
+        assert torch.equal(megatron.all_to_all(tp, part, backend=fcomm.c10d, **split), equal)
 
     tokens = torch.arange(8.0).reshape(2, 4) + 8 * mine
     there = megatron.all_to_all_sp2hp(tokens, **handles)
@@ -128,6 +141,22 @@ def mappings(world: fcomm.Group) -> None:
 
 def test_mappings() -> None:
     run_ranks(mappings, 4)
+
+
+REGIONS = [name for name in SIGNATURES if not name.startswith("all_to_all_")]
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_one_rank_keeps_its_input_whatever_it_is(name: str) -> None:
+    def on_one_rank(x: Tensor, **splits: Any) -> Tensor:
+        return fcomm.simulate(lambda x: getattr(megatron, name)(x, group=axis, **splits), axis)(x)
+
+    axis = fcomm.axis("tp", 1)
+    x = torch.randn(1)
+    assert torch.equal(on_one_rank(x), x)
+    for split in SIGNATURES[name].split(", "):
+        if "split_sizes" in split:
+            assert torch.equal(on_one_rank(x[None], **{split.removesuffix("=None"): [7]}), x[None])
 
 
 def test_handles_stand_anywhere_and_are_needed() -> None:

@@ -148,7 +148,7 @@ def all_to_all_single(
         return fcomm.all_to_all(self, g, b)
     equal = [self.shape[0] // g.size] * g.size
     send = equal if input_split_sizes is None else input_split_sizes
-    if send and isinstance(send[0], Sequence):
+    if isinstance(send, Sequence) and send and isinstance(send[0], Sequence):
         return fcomm.all_to_all(self, g, b, send_sizes=send)
     recv = equal if output_split_sizes is None else output_split_sizes
     return fcomm.all_to_all(self, g, b, send_sizes=send, recv_sizes=recv)

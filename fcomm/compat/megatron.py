@@ -13,52 +13,68 @@
     all_to_all, all_to_all_sp2hp, all_to_all_hp2sp    all_to_all                all_to_all back
 
 Names, arguments and their order are Megatron's, read in its source. Where Megatron takes group, these take group and
-backend, as keywords or anywhere among the positional arguments: f(x, group, backend) works for all.
+backend, as keywords or anywhere among the positional arguments: f(x, group, backend) works for all. A rank alone gets a
+copy of its input, whatever the sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import wraps
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 import fcomm
-from fcomm.compat.handles import takes_handles
-from fcomm.errors import ArgumentError
+from fcomm.collectives import checks
+from fcomm.compat import funcol
+from fcomm.compat.handles import F, takes_handles
 from fcomm.group import Backend, Group
 
 
-@takes_handles
+def _region(fn: F) -> F:
+    """takes_handles; a rank alone gets a copy of its input, also of a number, which has no dim to cut."""
+
+    @takes_handles
+    @wraps(fn)
+    def call(input_: Tensor, *args: Any, group: Group, backend: Backend, **options: Any) -> Tensor:
+        return input_.clone() if group.size == 1 else fn(input_, *args, group=group, backend=backend, **options)
+
+    return cast(F, call)
+
+
+@_region
 def copy_to_tensor_model_parallel_region(input_: Tensor, *, group: Group, backend: Backend) -> Tensor:
     """A replicated value enters the parallel region."""
     return fcomm.pvary(input_, group, backend)
 
 
-@takes_handles
+@_region
 def reduce_from_tensor_model_parallel_region(input_: Tensor, *, group: Group, backend: Backend) -> Tensor:
     """Partial sums leave the parallel region as one replicated value."""
     return fcomm.all_reduce_invariant(input_, group, backend)
 
 
-@takes_handles
+@_region
 def scatter_to_tensor_model_parallel_region(input_: Tensor, *, group: Group, backend: Backend) -> Tensor:
     """This rank's slice of the last dim of a replicated value."""
     return fcomm.shard(input_, group, backend, dim=-1)
 
 
-@takes_handles
+@_region
 def gather_from_tensor_model_parallel_region(input_: Tensor, *, group: Group, backend: Backend) -> Tensor:
     """Slices of the last dim leave the parallel region as one replicated value."""
     return fcomm.all_gather_invariant(input_, group, backend, dim=-1)
 
 
-@takes_handles
+@_region
 def scatter_to_sequence_parallel_region(input_: Tensor, *, group: Group, backend: Backend) -> Tensor:
     """This rank's slice of the first dim of a replicated value."""
     return fcomm.shard(input_, group, backend, dim=0)
 
 
-@takes_handles
+@_region
 def gather_from_sequence_parallel_region(
     input_: Tensor,
     tensor_parallel_output_grad: bool = True,
@@ -75,15 +91,18 @@ def gather_from_sequence_parallel_region(
     """
     if tensor_parallel_output_grad:
         return fcomm.all_gather(input_, group, backend, sizes=output_split_sizes)
-    if output_split_sizes is not None:
-        raise ArgumentError(
-            "gather_from_sequence_parallel_region: output_split_sizes needs tensor_parallel_output_grad=True; "
-            "leave one of them out"
-        )
-    return fcomm.all_gather_invariant(input_, group, backend)
+    if output_split_sizes is None:
+        return fcomm.all_gather_invariant(input_, group, backend)
+    name, option = "gather_from_sequence_parallel_region", "output_split_sizes"
+    sizes = checks.canonical_sizes(name, option, output_split_sizes, group)
+    checks.own_length(name, option, sizes, input_, 0, group)
+    longest = max(sizes)
+    padded = torch.cat([input_, input_.new_zeros(longest - input_.shape[0], *input_.shape[1:])])
+    blocks = fcomm.all_gather_invariant(padded, group, backend).unflatten(0, (group.size, longest))
+    return torch.cat([block[:d] for block, d in zip(blocks, sizes, strict=True)])
 
 
-@takes_handles
+@_region
 def reduce_scatter_to_sequence_parallel_region(
     input_: Tensor,
     input_split_sizes: Sequence[int] | None = None,
@@ -96,29 +115,30 @@ def reduce_scatter_to_sequence_parallel_region(
     return fcomm.reduce_scatter(input_, group, backend, sizes=input_split_sizes)
 
 
-@takes_handles
+@_region
 def all_gather_last_dim_from_tensor_parallel_region(input_: Tensor, *, group: Group, backend: Backend) -> Tensor:
     """Slices of the last dim become the whole, for a use in which ranks differ."""
     return fcomm.all_gather(input_, group, backend, dim=-1)
 
 
-@takes_handles
+@_region
 def reduce_scatter_last_dim_to_tensor_parallel_region(input_: Tensor, *, group: Group, backend: Backend) -> Tensor:
     """Partial sums become slices of the last dim."""
     return fcomm.reduce_scatter(input_, group, backend, dim=-1)
 
 
-@takes_handles
+@_region
 def all_to_all(
     input_: Tensor,
     output_split_sizes_: Sequence[int] | None = None,
     input_split_sizes: Sequence[int] | None = None,
+    use_nccl_stream: bool = False,
     *,
     group: Group,
     backend: Backend,
 ) -> Tensor:
-    """Blocks of rows to and from every rank; without sizes, equal blocks."""
-    return fcomm.all_to_all(input_, group, backend, send_sizes=input_split_sizes, recv_sizes=output_split_sizes_)
+    """Blocks of rows to and from every rank; without sizes, equal blocks. use_nccl_stream has no effect."""
+    return funcol.all_to_all_single(input_, output_split_sizes_, input_split_sizes, group, backend=backend)
 
 
 @takes_handles
