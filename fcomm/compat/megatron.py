@@ -14,7 +14,7 @@
 
 Names, arguments and their order are Megatron's, read in its source. Where Megatron takes group, these take group and
 backend, as keywords or anywhere among the positional arguments: f(x, group, backend) works for all. A rank alone gets a
-copy of its input, whatever the sizes.
+copy of its input, whatever the sizes. There is no default group, and Megatron's autograd.Functions are not here.
 """
 
 from __future__ import annotations
