@@ -761,3 +761,11 @@ def process_group_named(name: str) -> Any:
     """The ProcessGroup of that name, for functions that others call with names; RuntimeError if there is none."""
     # Private: torch has no public way from a name to its group.
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def async_collective_tensor() -> type[Tensor]:
+    """torch's class of a result in flight, for others' isinstance; no such tensor is made here."""
+    # Private: torch has no public name for it. Here, because its module would be a third of the time to import fcomm.
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return AsyncCollectiveTensor

@@ -39,6 +39,11 @@ NAMES = [
     "all_to_all_single",
     "all_to_all_single_autograd",
     "permute_tensor",
+    "all_reduce_inplace",
+    "all_gather_inplace",
+    "all_gather_tensor_inplace",
+    "reduce_scatter_tensor_inplace",
+    "all_to_all_inplace",
 ]
 
 
@@ -53,6 +58,66 @@ def test_signatures_are_torchs(name: str) -> None:
     assert mine.pop("backend", None) is not None or name == "wait_tensor"
     expected = inspect.signature(original).parameters
     assert [(p.name, p.default) for p in mine.values()] == [(p.name, p.default) for p in expected.values()]
+
+
+# Parts of torch's own rules and its compiler; and its messages, which have tags.
+NOT_HERE = ("_backward", "_setup_context", "_ctx", "isend_inplace", "irecv_inplace", "batch_p2p_ops_inplace")
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="other versions have other names")
+def test_every_public_name_is_here() -> None:
+    own = {name for name, v in vars(theirs).items() if inspect.isfunction(v) and v.__module__ == theirs.__name__}
+    assert {name for name in own if not name.startswith("_") and not name.endswith(NOT_HERE)} == set(NAMES)
+    assert theirs.REDUCE_OP_TO_STR == funcol.REDUCE_OP_TO_STR
+    assert funcol.AsyncCollectiveTensor is theirs.AsyncCollectiveTensor
+    assert funcol.RANK_TYPES is funcol.GroupLike
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        funcol.nonsense  # noqa: B018  (the attribute is what is tested)
+
+
+def in_place(world: fcomm.Group) -> None:
+    start_torch_distributed(world, "in place")
+    n, rank = world.size, world.rank or 0
+
+    def program(x: Tensor) -> list[Tensor]:
+        """Each of them into what was there before; without a group, torch's world."""
+        total, rows = x.clone(), [torch.zeros_like(x) for _ in range(n)]
+        return [
+            funcol.all_reduce_inplace(total),
+            total,
+            *funcol.all_gather_inplace(rows, x),
+            *rows,
+            funcol.all_gather_tensor_inplace(x.new_zeros(n * n, 2), x, world),
+            funcol.reduce_scatter_tensor_inplace(x.new_zeros(1, 2), x, "max"),
+            funcol.all_to_all_inplace(torch.zeros_like(x), x),
+        ]
+
+    xs = [torch.arange(2.0 * n).reshape(n, 2) * (r + 1) for r in range(n)]
+    total = torch.stack(xs).sum(0)
+    exchanged = torch.cat([x[rank : rank + 1] for x in xs])
+    expected = [total, total, *xs, *xs, torch.cat(xs), xs[-1][rank : rank + 1], exchanged]
+    for run in (program, torch.compile(program, fullgraph=True, backend="aot_eager")):
+        for got, want in zip(run(xs[rank]), expected, strict=True):
+            close(got, want)
+    # The derivative is that of the collective.
+    x = xs[rank].clone().requires_grad_()
+    funcol.all_gather_tensor_inplace(torch.zeros(n * n, 2), x).sum().backward()
+    close(x.grad, torch.full((n, 2), float(n)))
+    with pytest.raises(ValueError, match="async_op is True"):
+        funcol.all_reduce_inplace(x, async_op=True)
+    with pytest.raises(ValueError, match=f"needs {n} tensors of tensor's shape"):
+        funcol.all_gather_inplace([torch.zeros(1, 2)] * n, xs[rank])
+    fcomm.close()
+    dist.destroy_process_group()
+
+
+def test_in_place() -> None:
+    run_ranks(in_place, 2)
+
+
+def test_in_place_needs_a_group_without_torch_distributed() -> None:
+    with pytest.raises(ValueError, match=r"torch\.distributed is not initialised"):
+        funcol.all_reduce_inplace(torch.ones(1))
 
 
 def close(got: Tensor, expected: Tensor) -> None:

@@ -4,13 +4,15 @@
 group is what torch takes: a ProcessGroup, a DeviceMesh, (DeviceMesh, dim), a list of ranks, a group's name; or a Group.
 Every function also takes the keyword backend, by default fcomm.c10d (fcomm.sim on a simulated axis).
 Unlike torch's: results are plain tensors that need no wait; every reduceOp has a derivative, broadcast's reaches the
-source, and vmap, torch.func and forward mode work; permute_tensor takes tensors of any shape.
+source, and vmap, torch.func and forward mode work; permute_tensor takes tensors of any shape. What torch has for its
+compiler alone is not here, nor are isend_inplace and its kin: a message of fcomm.send has no tag.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -19,7 +21,9 @@ import fcomm
 from fcomm.compat.handles import GroupLike, as_backend, as_group
 from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
+from fcomm.registration import async_collective_tensor
 
+RANK_TYPES = GroupLike
 ReduceOp = str | dist.ReduceOp | dist.ReduceOp.RedOpType
 
 _OPS = {"avg": "mean", "product": "prod"}
@@ -34,6 +38,15 @@ _NAMES = (
     (dist.ReduceOp.BOR, "bor"),
     (dist.ReduceOp.BXOR, "bxor"),
 )
+
+_TORCHS = {ours: torchs for torchs, ours in _OPS.items()}
+REDUCE_OP_TO_STR = {op: _TORCHS.get(name, name) for op, name in _NAMES}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AsyncCollectiveTensor":
+        return async_collective_tensor()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def op_name(op: ReduceOp) -> str:
@@ -159,6 +172,99 @@ def permute_tensor(
 ) -> Tensor:
     """Rank s sends self to rank src_dst[s]."""
     return fcomm.ppermute(self, *_handles(group, tag, backend), perm=list(enumerate(src_dst)))
+
+
+# --- into tensors that are there ----------------------------------------------------------------------------------
+
+
+def all_reduce_inplace(
+    tensor: Tensor,
+    op: ReduceOp = "sum",
+    group: GroupLike | None = None,
+    async_op: bool = False,
+    tag: str = "",
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """all_reduce, copied into tensor."""
+    return tensor.copy_(all_reduce(tensor, op, _or_world(group, async_op), tag, backend=backend))
+
+
+def all_gather_tensor_inplace(
+    output_tensor: Tensor,
+    input_tensor: Tensor,
+    group: GroupLike | None = None,
+    async_op: bool = False,
+    tag: str = "",
+    gather_dim: int = 0,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """all_gather_single, copied into output_tensor."""
+    y = all_gather_single(input_tensor, gather_dim, _or_world(group, async_op), tag, backend=backend)
+    return output_tensor.copy_(y)
+
+
+def all_gather_inplace(
+    tensor_list: list[Tensor],
+    tensor: Tensor,
+    group: GroupLike | None = None,
+    async_op: bool = False,
+    tag: str = "",
+    *,
+    backend: Backend | None = None,
+) -> list[Tensor]:
+    """Every rank's tensor, copied into the tensors of a list, all of one shape."""
+    g, b = _handles(_or_world(group, async_op), tag, backend)
+    if len(tensor_list) != g.size or any(out.shape != tensor.shape for out in tensor_list):
+        raise ArgumentError(
+            f"all_gather_inplace: tensor_list has the shapes {[tuple(out.shape) for out in tensor_list]}; group "
+            f"'{g.name}' needs {g.size} tensors of tensor's shape {tuple(tensor.shape)}"
+        )
+    for out, row in zip(tensor_list, fcomm.all_gather(tensor, g, b, tiled=False), strict=True):
+        out.copy_(row)
+    return tensor_list
+
+
+def reduce_scatter_tensor_inplace(
+    output: Tensor,
+    input: Tensor,
+    op: ReduceOp = "sum",
+    group: GroupLike | None = None,
+    async_op: bool = False,
+    scatter_dim: int = 0,
+    tag: str = "",
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """reduce_scatter_single, copied into output."""
+    return output.copy_(reduce_scatter_single(input, op, scatter_dim, _or_world(group, async_op), tag, backend=backend))
+
+
+def all_to_all_inplace(
+    output: Tensor,
+    input: Tensor,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
+    group: GroupLike | None = None,
+    async_op: bool = False,
+    tag: str = "",
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """all_to_all_single, copied into output."""
+    g = _or_world(group, async_op)
+    return output.copy_(all_to_all_single(input, output_split_sizes, input_split_sizes, g, tag, backend=backend))
+
+
+def _or_world(group: GroupLike | None, async_op: bool) -> GroupLike:
+    """group, or torch's world."""
+    if async_op:
+        raise ArgumentError("async_op is True; results here are complete, leave it out")
+    group = dist.group.WORLD if group is None else group
+    if group is None:
+        raise ArgumentError("group is None, and torch.distributed is not initialised; pass a Group")
+    return group
 
 
 def _at_least_1d(x: Tensor) -> Tensor:
