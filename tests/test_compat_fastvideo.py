@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import socket
+from collections import OrderedDict, namedtuple
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -110,6 +112,11 @@ def test_all_to_all_4d_refuses(shape: tuple[int, ...], dims: tuple[int, int], te
 SECRET = {"unique id": b"\x00\x01\xff", "shape": (2, [3, None]), 5: [True, 1.5, "ü", -math.inf]}
 
 
+Point = namedtuple("Point", "x")
+TYPED = [{1, (2, "x")}, set(), torch.Size([2, 3]), torch.bfloat16, {"shape": torch.Size([]), "dtype": torch.bool}]
+TYPED += [OrderedDict(b=1, a=OrderedDict())]
+
+
 def messages(world: fcomm.Group, port: int, other_port: int) -> None:
     n, rank = world.size, world.rank or 0
     pg = StatelessProcessGroup.create(host="127.0.0.1", port=port, rank=rank, world_size=n)
@@ -147,9 +154,18 @@ def messages(world: fcomm.Group, port: int, other_port: int) -> None:
     assert fcomm.all_reduce(torch.ones(2), pg.group, fcomm.c10d).tolist() == [n, n]
     with pytest.raises(ValueError, match=f"dst is {n}"):
         pg.send_obj("lost", dst=n)
-    with pytest.raises(TypeError, match="Tensor cannot be sent over the store"):
-        pg.send_obj(torch.ones(2), dst=0)
-    pg.barrier()
+    # A tensor, as vLLM's test_utils.py broadcasts one.
+    assert pg.broadcast_obj(torch.tensor([rank]), src=n - 1).item() == n - 1
+    # What cannot be sent is an error at both ends, at once, and the next message is read as itself.
+    before, after = (rank - 1) % n, (rank + 1) % n
+    with pytest.raises(TypeError, match="object cannot be sent over the store"):
+        pg.send_obj(object(), dst=after)
+    pg.send_obj("next", dst=after)
+    with pytest.raises(fcomm.FcommError, match=f"rank {before} of group .* could not send: .* object cannot be sent"):
+        pg.recv_obj(before)
+    assert pg.recv_obj(before) == "next"
+    with pytest.raises(TypeError if rank == 0 else fcomm.FcommError, match="function cannot be sent"):
+        pg.all_gather_obj(free_port)
     pg.close()
 
 
@@ -163,7 +179,9 @@ def test_messages(size: int) -> None:
     run_ranks(messages, size, free_port(), free_port())
 
 
-@pytest.mark.parametrize("obj", [None, True, 0, -1.5, "text", b"", b"\x80raw", [], (), {}, [(1, [b"x"])], SECRET])
+@pytest.mark.parametrize(
+    "obj", [None, True, 0, -1.5, "text", b"", b"\x80raw", [], (), {}, [(1, [b"x"])], SECRET, *TYPED]
+)
 def test_frames_keep_value_and_type(obj: Any) -> None:
     frame = encode(obj)
     assert isinstance(frame, bytes)
@@ -171,7 +189,29 @@ def test_frames_keep_value_and_type(obj: Any) -> None:
     assert repr(decode(frame)) == repr(obj)
 
 
-@pytest.mark.parametrize("obj", [object(), {1, 2}, [torch.ones(1)], print])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.tensor(-1.5),
+        torch.ones(0, 3, dtype=torch.float16),
+        torch.arange(6).reshape(2, 3).T,
+        torch.tensor([True, False]),
+        torch.tensor([1 + 2j]).conj(),
+        torch.tensor([1 + 2j]).conj().imag,
+        torch.tensor([math.nan, -0.0], requires_grad=True),
+        torch.ones(2).to(torch.float8_e4m3fn),
+    ],
+)
+def test_frames_keep_tensors(x: Tensor) -> None:
+    y = decode(encode({"x": x}))["x"]
+    assert (y.dtype, y.shape, y.requires_grad) == (x.dtype, x.shape, False)
+    assert y.tolist() == x.tolist() or repr(y) == repr(x.detach())
+
+
+@pytest.mark.parametrize(
+    "obj",
+    [object(), print, np.int64(1), Point(1), [torch.nn.Parameter(torch.ones(1))], torch.empty(1, device="meta")],
+)
 def test_frames_refuse_what_is_not_plain(obj: Any) -> None:
     with pytest.raises(TypeError, match="cannot be sent over the store"):
         encode(obj)

@@ -8,6 +8,7 @@ all_gather(x, group, backend, dim=1).
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,7 +21,7 @@ from torch import Tensor
 import fcomm
 from fcomm.compat.funcol import ReduceOp, op_name
 from fcomm.compat.handles import takes_handles
-from fcomm.errors import ArgumentError, CollectiveTimeoutError
+from fcomm.errors import ArgumentError, CollectiveTimeoutError, FcommError
 from fcomm.group import Backend, Group
 from fcomm.rendezvous import live
 
@@ -103,11 +104,12 @@ def recv(
 
 @dataclass
 class StatelessProcessGroup:
-    """Exchanges small Python values between the ranks of a group, through the group's store; no tensors, no pickle.
+    """Exchanges small Python values between the ranks of a group, through the group's store; no pickle.
 
-    Values are None, bool, int, float, str, bytes, and lists, tuples and dicts of them. Every message has a key of its
-    own sender, receiver and number, and is deleted when it has been read. group is a Group with everything a Group has:
-    pass it to collectives.
+    Values are None, bool, int, float, str, bytes, torch.dtype, tensors on the CPU, whose gradient stays behind, and
+    lists, tuples, sets, dicts, OrderedDicts and torch.Size of them. Anything else is a TypeError at its sender, and a
+    FcommError at its receivers. Every message has a key of its own sender, receiver and number, and is deleted when it
+    has been read. group is a Group with everything a Group has: pass it to collectives.
     """
 
     group: Group
@@ -146,7 +148,7 @@ class StatelessProcessGroup:
     def send_obj(self, obj: Any, dst: int) -> None:
         """Send obj to rank dst; does not wait."""
         self._check("send_obj", "dst", dst)
-        self.store.set(self._key("sent", f"send/{self.rank}/{dst}"), encode(obj))  # type: ignore[arg-type]  # str in torch's stub only
+        self._write("send_obj", self._key("sent", f"send/{self.rank}/{dst}"), obj)
 
     def recv_obj(self, src: int) -> Any:
         """The next value that rank src sends to this rank."""
@@ -160,7 +162,7 @@ class StatelessProcessGroup:
         if self.rank != src:
             return self._read("broadcast_obj", key, src, readers=self.world_size - 1)
         if self.world_size > 1:
-            self.store.set(key, encode(obj))  # type: ignore[arg-type]  # str in torch's stub only
+            self._write("broadcast_obj", key, obj)
         return obj
 
     def all_gather_obj(self, obj: Any) -> list[Any]:
@@ -183,6 +185,16 @@ class StatelessProcessGroup:
         number = self._numbers[side + stream] = self._numbers.get(side + stream, -1) + 1
         return f"objects/{stream}/{number}"
 
+    def _write(self, what: str, key: str, obj: Any) -> None:
+        """Set the message of a key; an error where obj cannot be sent, lest its readers wait for the deadline."""
+        try:
+            frame = encode(obj)
+        except Exception as error:
+            text = f"{what}: rank {self.rank} of group '{self.group.name}' could not send: {error}"
+            self.store.set(key, json.dumps({"error": text}))
+            raise
+        self.store.set(key, frame)  # type: ignore[arg-type]  # str in torch's stub only
+
     def _read(self, what: str, key: str, src: int, readers: int) -> Any:
         timeout_s = live(self.group).timeout_s
         try:
@@ -193,11 +205,11 @@ class StatelessProcessGroup:
                 "see what that rank is doing",
                 op=what, group=self.group.name, rank=self.rank, culprits=(src,),
             ) from error  # fmt: skip
-        obj = decode(self.store.get(key))
+        frame = self.store.get(key)
         if readers == 1 or self.store.add(f"{key}/read", 1) == readers:
             self.store.delete_key(key)
             self.store.delete_key(f"{key}/read")
-        return obj
+        return decode(frame)
 
     def _check(self, what: str, option: str, rank: int) -> None:
         if not 0 <= rank < self.world_size:
@@ -216,21 +228,33 @@ def decode(frame: bytes) -> Any:
     return _untagged(json.loads(frame))
 
 
-# JSON has no bytes, no tuples and no keys but strings: every container says what it is.
+# JSON has no bytes, no tuples, no tensors and no keys but strings: what is none of its own says what it is.
+
+_ROWS = {kind.__name__: kind for kind in (list, tuple, set, torch.Size)}
+_MAPS = {kind.__name__: kind for kind in (dict, OrderedDict)}
+_DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 
 
 def _tagged(obj: Any) -> Any:
-    if obj is None or type(obj) in (bool, int, float, str):
+    kind = type(obj)
+    if obj is None or kind in (bool, int, float, str):
         return obj
-    if type(obj) is bytes:
+    if kind is bytes:
         return {"bytes": obj.hex()}
-    if type(obj) is list or type(obj) is tuple:
-        return {type(obj).__name__: [_tagged(v) for v in obj]}
-    if type(obj) is dict:
-        return {"dict": [[_tagged(k), _tagged(v)] for k, v in obj.items()]}
+    if kind is torch.dtype:
+        return {"dtype": str(obj)}
+    if kind is Tensor and obj.is_cpu and not obj.is_quantized:
+        # A copy: without conjugate and negative bits, and dense.
+        raw = torch.empty(obj.numel(), dtype=obj.dtype).copy_(obj.detach().reshape(-1)).view(torch.uint8)
+        return {"Tensor": [str(obj.dtype), list(obj.shape), bytes(raw.tolist()).hex()]}
+    if kind in _ROWS.values():
+        return {kind.__name__: [_tagged(v) for v in obj]}
+    if kind in _MAPS.values():
+        return {kind.__name__: [[_tagged(k), _tagged(v)] for k, v in obj.items()]}
     raise TypeError(
-        f"a value of type {type(obj).__name__} cannot be sent over the store; send None, bool, int, float, str, bytes, "
-        "or lists, tuples and dicts of them, and tensors by a collective"
+        f"a value of type {kind.__name__} cannot be sent over the store; send None, bool, int, float, str, bytes, "
+        "torch.dtype, tensors on the CPU, and lists, tuples, sets, dicts and torch.Size of them; other tensors by a "
+        "collective"
     )
 
 
@@ -238,8 +262,15 @@ def _untagged(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, body),) = value.items()
+    if kind == "error":
+        raise FcommError(body)
     if kind == "bytes":
         return bytes.fromhex(body)
-    if kind == "dict":
-        return {_untagged(k): _untagged(v) for k, v in body}
-    return (tuple if kind == "tuple" else list)(_untagged(v) for v in body)
+    if kind == "dtype":
+        return _DTYPES[body]
+    if kind == "Tensor":
+        dtype, shape, raw = body
+        return torch.tensor(list(bytes.fromhex(raw)), dtype=torch.uint8).view(_DTYPES[dtype]).reshape(shape)
+    if kind in _MAPS:
+        return _MAPS[kind]((_untagged(k), _untagged(v)) for k, v in body)
+    return _ROWS[kind](_untagged(v) for v in body)
