@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fcomm.backends import later
+from fcomm.backends.worker import start_worker
 
 
 def test_a_send_that_ends_just_after_the_wait_for_it_was_taken() -> None:
@@ -41,3 +42,22 @@ def test_one_thread_watches_however_often_groups_come_and_go(monkeypatch: pytest
         later.watch(on, "all_reduce", 0.0)
         later.forget(on)
     assert sum(thread.name == "fcomm-watch" for thread in threading.enumerate()) == 1
+
+
+def test_a_worker_without_a_thread_makes_its_calls_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython 3.12 starts no thread while it exits, when groups are closed."""
+
+    def refuse(text: str) -> None:
+        def start(thread: threading.Thread) -> None:
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+
+    refuse("can't create new thread at interpreter shutdown")
+    worker, calls = start_worker(), []
+    worker.submit(lambda: calls.append(1))
+    assert worker.submit(lambda: calls.append(2) or len(calls)).result(0) == 2
+    worker.stop()
+    refuse("can't start new thread")
+    with pytest.raises(RuntimeError):
+        start_worker()

@@ -20,10 +20,14 @@ class Worker:
     """A thread that runs calls one after the other. A daemon: a call that never returns must not keep the process."""
 
     tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = field(default_factory=SimpleQueue)
+    started: bool = False
 
     def submit(self, fn: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
-        self.tasks.put((fn, future))
+        if self.started:
+            self.tasks.put((fn, future))
+        else:
+            _do(fn, future)
         return future
 
     def stop(self) -> None:
@@ -48,7 +52,13 @@ def start_worker() -> Worker:
                 _do(*task)
                 del task  # or it would keep a call's tensors until the next one
 
-    threading.Thread(target=work, name="fcomm", daemon=True).start()
+    try:
+        threading.Thread(target=work, name="fcomm", daemon=True).start()
+        worker.started = True
+    except RuntimeError as error:
+        # CPython 3.12 starts no thread while it exits. Groups close then, too: the caller makes the calls itself.
+        if "interpreter shutdown" not in str(error):
+            raise
     return worker
 
 
