@@ -480,6 +480,14 @@ def test_sharded_parameters_with_tensor_parallelism(sizes: tuple[int, int]) -> N
         torch.testing.assert_close(g, stack_parts(w, dim, sizes[1]).expand_as(g), rtol=1e-10, atol=1e-10)
 
 
+def test_a_parameter_of_no_dimensions_is_sharded_and_gathered() -> None:
+    def one_rank(scale: Tensor) -> Tensor:
+        shards = layers.shard_parameters([scale], TP, fcomm.sim)
+        return layers.gather_parameters(shards, [scale.shape], TP, fcomm.sim)[0]
+
+    assert fcomm.simulate(one_rank, TP)(torch.tensor([2.5, 2.5])).tolist() == [2.5, 2.5]
+
+
 def test_three_ways_of_data_parallelism_agree() -> None:
     dp = fcomm.axis("dp", 3)
     x, up, down = draw(6, 4, 3, seed=1), draw(4, 3, seed=2), draw(3, 4, seed=3)

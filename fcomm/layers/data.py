@@ -78,4 +78,4 @@ def gather_parameters(
     Traffic: one all_gather per dtype forward, one reduce_scatter backward, (n-1)/n of the whole bytes per rank each.
     """
     wholes = all_gather_coalesced(shards, group, backend)
-    return [w[: math.prod(shape)].reshape(*shape) for w, shape in zip(wholes, shapes, strict=True)]
+    return [w[: math.prod(shape)].reshape(shape) for w, shape in zip(wholes, shapes, strict=True)]
