@@ -188,6 +188,23 @@ def test_targets_outside_the_vocabulary_are_ignored_or_nan(vocab: int | None, co
     torch.testing.assert_close(run(logits, target.to(torch.int8))[0], loss)
 
 
+# --- what is not finite stays with its own tokens -----------------------------------------------------------------
+
+
+def test_a_row_that_is_not_finite_spoils_its_own_tokens_alone() -> None:
+    tokens, weight = torch.tensor([0, 3, 1]), draw(4, 3, seed=1)
+    ct = draw(3, 3, seed=2)
+    weight[2] = torch.inf  # rank 1's first row, which it looks up for the tokens of rank 0
+    ct[1] = torch.nan  # of a token of rank 1, for which rank 0 looks up its first row
+
+    def one_rank(weight: Tensor) -> list[Tensor]:
+        return dense.value_and_vjp(lambda w: layers.vocab_parallel_embedding(tokens, w, TP, fcomm.sim), [weight], ct)
+
+    got = fcomm.simulate(one_rank, TP)(stack_parts(weight, 0, N))
+    y, gradient = dense.value_and_vjp(lambda w: F.embedding(tokens, w), [weight], ct)
+    torch.testing.assert_close(got, [stack_parts(y, None, N), stack_parts(gradient, 0, N)], equal_nan=True)
+
+
 # --- modules and functional_call ----------------------------------------------------------------------------------
 
 

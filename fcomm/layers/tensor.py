@@ -115,7 +115,9 @@ def vocab_parallel_embedding(
     Traffic: all_reduce forward, none backward; with seq_dim reduce_scatter forward, all_gather backward.
     """
     row, mine = _own_entries(tokens, weight.shape[0], group, backend)
-    return leave(F.embedding(row, weight) * mine.unsqueeze(-1), group, backend, seq_dim=seq_dim)
+    # masked_fill, not a product: the row looked up in vain may be inf or NaN, and so may the token's cotangent.
+    own = F.embedding(row, weight).masked_fill(~mine.unsqueeze(-1), 0.0)
+    return leave(own, group, backend, seq_dim=seq_dim)
 
 
 def vocab_parallel_cross_entropy(
