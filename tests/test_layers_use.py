@@ -205,6 +205,15 @@ def test_a_row_that_is_not_finite_spoils_its_own_tokens_alone() -> None:
     torch.testing.assert_close(got, [stack_parts(y, None, N), stack_parts(gradient, 0, N)], equal_nan=True)
 
 
+def test_neither_a_bad_token_nor_a_bad_expert_spoils_another_expert() -> None:
+    args = rows, _, down = [draw(*shape, seed=i) for i, shape in enumerate([(3, 4), (3, 5, 4), (3, 4, 5)])]
+    rows[0], down[1] = torch.inf, torch.inf
+    ct = draw(3, 4, seed=3)
+    got = dense.value_and_vjp(lambda x, *of: layers.masked_experts(x, torch.arange(3), *of), args, ct)
+    wanted = dense.value_and_vjp(dense.zero_mlp, [x[2] for x in args], ct[2])
+    torch.testing.assert_close([x[2] for x in got], wanted)
+
+
 # --- modules and functional_call ----------------------------------------------------------------------------------
 
 

@@ -163,7 +163,10 @@ def masked_experts(rows: Tensor, which: Tensor, up: Tensor, down: Tensor) -> Ten
     """
     y = torch.zeros_like(rows)
     for j in range(up.shape[0]):
-        y = y + torch.where((which == j).unsqueeze(1), F.linear(F.gelu(F.linear(rows, up[j])), down[j]), 0.0)
+        other = (which != j).unsqueeze(1)
+        # Twice: a row that is inf times a cotangent of zero, or zero times a weight that is inf, would be NaN.
+        hidden = F.gelu(F.linear(rows.masked_fill(other, 0.0), up[j]))
+        y = y + F.linear(hidden, down[j]).masked_fill(other, 0.0)
     return y
 
 
