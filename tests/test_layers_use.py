@@ -214,6 +214,20 @@ def test_neither_a_bad_token_nor_a_bad_expert_spoils_another_expert() -> None:
     torch.testing.assert_close([x[2] for x in got], wanted)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_the_padding_of_a_ring_holds_does_not_matter(causal: bool) -> None:
+    layer = partial(layers.ring_attention, group=TP, backend=fcomm.sim, causal=causal, sizes=[3, 2])
+
+    def with_padding(value: float) -> list[Tensor]:
+        """The results on real positions."""
+        qkv, ct = draw(3, N, 1, 3, 2, 2, seed=1), draw(N, 1, 3, 2, 2, seed=2)
+        qkv[:, 1, :, 2], ct[1, :, 2] = value, 0.0
+        results = fcomm.simulate(lambda ct, *qkv: dense.value_and_vjp(layer, qkv, ct), TP)(ct, *qkv)
+        return [x.squeeze(1)[(0, 0, 0, 1, 1), (0, 1, 2, 0, 1)] for x in results]
+
+    torch.testing.assert_close(with_padding(torch.nan), with_padding(0.0))
+
+
 # --- modules and functional_call ----------------------------------------------------------------------------------
 
 

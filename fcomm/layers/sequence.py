@@ -140,8 +140,8 @@ def ring_attention(
         rank 2  q2: k2 v2     k1 v1    k0 v0
 
     q, k, v: see the module. sizes: how many positions each rank has (at least 1), where they differ; all ranks pad to
-    the longest, and the padding's results mean nothing. zigzag: with causal, the whole sequence is cut into 2n blocks
-    and rank r has blocks r and 2n-1-r, as in x[:, zigzag_order(S, n)] cut in n.
+    the longest with whatever they like, and the padding's results mean nothing. zigzag: with causal, the whole sequence
+    is cut into 2n blocks and rank r has blocks r and 2n-1-r, as in x[:, zigzag_order(S, n)] cut in n.
     Traffic: n-1 ppermutes of k and v together.
     """
     if zigzag and (sizes is not None or q.shape[1] % 2):
@@ -156,6 +156,10 @@ def ring_attention(
         )
     n, rank = group.size, axis_index(group, backend).to(q.device)
     lengths = None if sizes is None else torch.tensor(sizes, device=q.device)
+    if lengths is not None:
+        # A mask of the scores is not enough: their weight is zero, and zero times what padding holds may be NaN.
+        padding = (_positions(q) >= own_row(lengths, rank)).reshape(-1, 1, 1)
+        q, k, v = (x.masked_fill(padding, 0.0) for x in (q, k, v))
     kv = torch.stack([k, v])
     seen = _part(q, kv, _own_mask(q, causal, lengths, rank))
     for step in range(1, n):
