@@ -228,6 +228,19 @@ def test_what_the_padding_of_a_ring_holds_does_not_matter(causal: bool) -> None:
     torch.testing.assert_close(with_padding(torch.nan), with_padding(0.0))
 
 
+# --- half types ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_rms_norm_of_half_types_is_that_of_torch(scale: float, dtype: torch.dtype) -> None:
+    x, ct = draw(3, 8, seed=1, scale=scale).to(dtype), draw(3, 8, seed=2).to(dtype)
+    weight = draw(8, seed=3).to(dtype)
+    got = dense.value_and_vjp(layers.rms_norm, [x, weight], ct)
+    wanted = dense.value_and_vjp(lambda x, w: F.rms_norm(x, (8,), w, 1e-6), [x, weight], ct)
+    torch.testing.assert_close(got, wanted)
+
+
 # --- modules and functional_call ----------------------------------------------------------------------------------
 
 

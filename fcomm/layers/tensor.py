@@ -250,5 +250,6 @@ def transformer_block(
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """x over its root mean square along the last dimension, times weight."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+    """x over its root mean square along the last dimension, times weight. Half types compute in float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight).to(x.dtype)
