@@ -241,6 +241,20 @@ def test_rms_norm_of_half_types_is_that_of_torch(scale: float, dtype: torch.dtyp
     torch.testing.assert_close(got, wanted)
 
 
+def test_cross_entropy_over_more_entries_than_float16_counts() -> None:
+    logits, target = draw(1, 2, 80_000, seed=1, scale=0.01).half(), torch.tensor([[3, 79_999]])
+    parts, ct = stack_parts(logits, 2, N), torch.ones(1, 2).half()
+
+    def one_rank(part: Tensor) -> list[Tensor]:
+        return dense.value_and_vjp(
+            lambda part: layers.vocab_parallel_cross_entropy(part, target, TP, fcomm.sim), [part], ct
+        )
+
+    loss, gradient = dense.value_and_vjp(lambda x: dense.cross_entropy(x, target), [logits.double()], ct.double())
+    wanted = [stack_parts(loss, None, N).half(), stack_parts(gradient, 2, N).half()]
+    torch.testing.assert_close(fcomm.simulate(one_rank, TP)(parts), wanted)
+
+
 # --- modules and functional_call ----------------------------------------------------------------------------------
 
 

@@ -140,7 +140,8 @@ def vocab_parallel_cross_entropy(
     Any other target outside 0 .. vocab - 1 (V - 1 without vocab) gives loss and gradient NaN, on every rank: an error
     would wait for the device. (Megatron takes such a target's logit for the maximum: a finite loss.)
     Two all_reduces of [B S] forward, none backward: one takes the maximum, which only keeps exp in range and has no
-    derivative; one sums two rows, sum(exp(logits - max)) and the target's logit - max, which one rank has.
+    derivative; one sums two rows, sum(exp(logits - max)) and the target's logit - max, which one rank has, half types
+    in float32.
     """
     target = target.long()  # what gather takes; and ignore_index may be no number of a narrow type
     row, mine = _own_entries(target, logits.shape[-1], group, backend)
@@ -151,9 +152,12 @@ def vocab_parallel_cross_entropy(
     shifted = logits - highest.unsqueeze(-1)
     own_target = shifted.gather(-1, row.unsqueeze(-1)).squeeze(-1)
     # masked_fill, not a product: the entry looked up in vain may be the -inf of a padded one.
-    rows = torch.stack([shifted.exp().sum(-1), own_target.masked_fill(~mine, 0.0)])
+    own_target = own_target.masked_fill(~mine, 0.0)
+    # In float32: a vocabulary of ones may add up to more than float16 has.
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    rows = torch.stack([shifted.exp().sum(-1, dtype=wide), own_target.to(wide)])
     total, target_logit = all_reduce_invariant(rows, group, backend).unbind(0)
-    loss = total.log() - target_logit
+    loss = (total.log() - target_logit).to(logits.dtype)
     wrong = (target < 0) | (target >= (logits.shape[-1] * group.size if vocab is None else vocab))
     if ignore_index is not None:
         ignored = target == ignore_index
