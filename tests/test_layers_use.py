@@ -255,6 +255,18 @@ def test_cross_entropy_over_more_entries_than_float16_counts() -> None:
     torch.testing.assert_close(fcomm.simulate(one_rank, TP)(parts), wanted)
 
 
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_ring_attention_over_values_that_add_up_to_more_than_float16_has(zigzag: bool) -> None:
+    q, k, v, ct = (draw(1, 512, 1, 2, seed=i).half() for i in range(4))
+    v += 300
+    order = layers.zigzag_order(512, N) if zigzag else torch.arange(512)
+    layer = partial(layers.ring_attention, group=TP, backend=fcomm.sim, causal=zigzag, zigzag=zigzag)
+    parts = [stack_parts(x[:, order], 1, N) for x in (ct, q, k, v)]
+    got = fcomm.simulate(lambda ct, *qkv: dense.value_and_vjp(layer, qkv, ct), TP)(*parts)
+    wanted = dense.value_and_vjp(partial(dense.sdpa, causal=zigzag), [x.double() for x in (q, k, v)], ct.double())
+    torch.testing.assert_close(got, [stack_parts(x[:, order], 1, N).half() for x in wanted], rtol=0.02, atol=0.05)
+
+
 # --- modules and functional_call ----------------------------------------------------------------------------------
 
 

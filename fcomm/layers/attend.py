@@ -19,6 +19,7 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> T
     """softmax(q k^T / sqrt(C)) v in plain operations, so that every transform of torch works on it.
 
     q: [B S H C]. k, v: [B T K C]; key head h serves query heads h*H/K and on. causal: position s sees t <= s.
+    Scores have q's dtype: a row in which one is more than float16 has is NaN, where fused_attention's is not.
     """
     scores = attention_scores(q, repeat_heads(k, q.shape[2]))
     if causal:

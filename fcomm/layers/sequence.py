@@ -116,8 +116,9 @@ def own_row(table: Tensor, index: Tensor) -> Tensor:
 
 # --- ring ---------------------------------------------------------------------------------------------------------
 
-# Attention to some of the keys: the weighted values [B H S C], the sum of the weights [B H S 1], and the score that all
-# weights are relative to [B H S 1]. Where two parts meet, the lower one is scaled to the higher (online softmax).
+# Attention to some of the keys: the weighted mean of the values [B H S C], the sum of the weights [B H S 1], and the
+# score that all weights are relative to [B H S 1]. Where two parts meet, the lower one is scaled to the higher (online
+# softmax). The values are a mean, and sums of half types float32: a sum over positions may be more than float16 has.
 Part = tuple[Tensor, Tensor, Tensor]
 
 
@@ -170,8 +171,7 @@ def ring_attention(
         else:
             block = _part(q, kv, None if lengths is None else _positions(q) < own_row(lengths, source))
             seen = _merge(seen, block, source < rank if causal else None)
-    values, total, _ = seen
-    return (values / total).transpose(1, 2)
+    return seen[0].transpose(1, 2).to(q.dtype)
 
 
 def zigzag_order(length: int, n: int) -> Tensor:
@@ -204,22 +204,24 @@ def _zigzag_step(seen: Part, q: Tensor, kv: Tensor, *, earlier: Tensor) -> Part:
 
 def _part(q: Tensor, kv: Tensor, visible: Tensor | None) -> Part:
     k, v = (repeat_heads(x, q.shape[2]) for x in kv.unbind(0))
-    scores = attention_scores(q, k)
+    scores = attention_scores(q, k).to(torch.promote_types(q.dtype, torch.float32))
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     # The result does not depend on it: it only keeps exp in range. So it has no derivative.
     highest = scores.detach().amax(-1, keepdim=True)
     weights = (scores - highest).exp()
-    return torch.einsum("bhst,bthc->bhsc", weights, v), weights.sum(-1, keepdim=True), highest
+    total = weights.sum(-1, keepdim=True)
+    return torch.einsum("bhst,bthc->bhsc", (weights / total).to(v.dtype), v), total, highest
 
 
 def _merge(a: Part, b: Part, visible: Tensor | None) -> Part:
     """Two parts as one; where visible (a bool tensor) is False, a alone."""
     highest = torch.maximum(a[2], b[2] if visible is None else torch.where(visible, b[2], a[2]))
-    of_a, of_b = (a[2] - highest).exp(), (b[2] - highest).exp()
+    of_a, of_b = a[1] * (a[2] - highest).exp(), b[1] * (b[2] - highest).exp()
     if visible is not None:
         of_b = torch.where(visible, of_b, 0.0)
-    return a[0] * of_a + b[0] * of_b, a[1] * of_a + b[1] * of_b, highest
+    total = of_a + of_b
+    return (a[0] * of_a + b[0] * of_b) / total, total, highest
 
 
 def _positions(x: Tensor) -> Tensor:
