@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, grad_and_value
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fcomm
 from fcomm import layers
@@ -311,6 +313,47 @@ def _many_half_losses(world: fcomm.Group) -> None:
 
 def test_the_losses_of_half_types_add_up_in_float32() -> None:
     run_ranks(_many_half_losses, 2)
+
+
+class Activations(TorchDispatchMode):
+    """The results of tanh that something still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refs: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.tanh.default:
+            self.refs.append(weakref.ref(y))
+        return y
+
+    def held(self) -> int:
+        return sum(ref() is not None for ref in self.refs)
+
+
+def _parameters_on_rank(world: fcomm.Group) -> list[str]:
+    """What requires grad outside leaves no graph: not of params, of micro, nor of what stage and loss close over."""
+    module = torch.nn.Linear(2, 2)
+    params = {**dict(module.named_parameters()), "power": torch.tensor(2)}
+    held = []
+
+    def squared(params: Params, x: Tensor) -> Tensor:
+        held.append(activations.held())
+        return torch.tanh(F.linear(x, params["weight"], params["bias"])) ** params["power"]
+
+    micro = torch.ones(6, 1, 2, requires_grad=True)
+    with Activations() as activations:
+        total, gradient = layers.one_f_one_b(squared, lambda y, m: module(y).sum(), params, micro, world, fcomm.cpu)
+    assert list(gradient) == ["weight", "bias"]
+    assert not any(x.requires_grad for x in (total, *gradient.values()))
+    assert max(held) < world.size
+    assert activations.held() == 0
+    return []
+
+
+def test_1f1b_of_parameters_holds_what_is_in_flight_alone() -> None:
+    run_ranks(_parameters_on_rank, 2)
 
 
 def _schedules_on_rank(world: fcomm.Group, backend: str) -> list[str]:

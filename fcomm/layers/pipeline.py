@@ -71,6 +71,8 @@ def from_last(x: Tensor, group: Group, backend: Backend) -> Tensor:
     return all_reduce_invariant(torch.where(last, x, 0.0), group, backend)
 
 
+# vjp differentiates inside all the same; outside, what requires grad would keep the graphs of all micro-batches.
+@torch.no_grad()
 def one_f_one_b(
     stage: Callable[[Params, Tensor], Tensor],
     loss: Callable[[Tensor, int], Tensor],
@@ -83,7 +85,8 @@ def one_f_one_b(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the micro-batches' losses, on all ranks, and its gradient by this rank's params.
 
-    The sum is float32, or float64 where micro is.
+    The sum is float32, or float64 where micro is. The gradient has the floating and complex params; others, such as a
+    counter, reach stage only. Both are constants for what is differentiated outside.
 
     stage(params, x): this rank's stage, [..] -> [..] of one shape. loss(y, m): of the last stage's result for
     micro-batch m; called on the last rank only. micro: [M ..], the first rank's are used, all have one shape.
@@ -97,16 +100,17 @@ def one_f_one_b(
         )
     rank, last = group.rank, group.rank == group.size - 1
     total = micro.new_zeros((), dtype=torch.promote_types(micro.dtype, torch.float32))
-    gradient = {name: torch.zeros_like(p) for name, p in params.items()}
+    inexact = {name: p for name, p in params.items() if p.is_floating_point() or p.is_complex()}
+    gradient = {name: torch.zeros_like(p) for name, p in inexact.items()}
     pending: deque[tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]]] = deque()
 
     def forward(m: int) -> None:
-        def program(params: Params, like: Tensor) -> Tensor:
+        def program(inexact: Params, like: Tensor) -> Tensor:
             x = micro[m] if rank == 0 else recv(like, group, backend, src=rank - 1)
-            y = stage(params, x)
+            y = stage({**params, **inexact}, x)
             return loss(y, m) if last else send(y, group, backend, dst=rank + 1)
 
-        result, pull = vjp(program, dict(params), torch.zeros_like(micro[m]))[:2]
+        result, pull = vjp(program, inexact, torch.zeros_like(micro[m]))[:2]
         pending.append((result, pull))
 
     def backward() -> None:
