@@ -441,6 +441,43 @@ def test_expert_counts() -> None:
         assert got.tolist() == dense.COUNTS[3]
 
 
+# --- ranks with different numbers of tokens -----------------------------------------------------------------------
+
+
+def _tokens_on_rank(world: fcomm.Group, layer: Any) -> list[str]:
+    """All tokens are rank 0's; value and gradients are the dense layer's."""
+    x, router, up, down = dense.CASES["moe_capacity"].args(world.size)
+    ct = draw(*x.shape, seed=9)
+    y, of_x, of_router, of_up, of_down = dense.value_and_vjp(dense.moe, [x, router, up, down], ct)
+    own = slice(None if world.rank == 0 else 0)
+
+    def part(experts: Tensor) -> Tensor:
+        return stack_parts(experts, 0, world.size)[world.rank]
+
+    def routed(x: Tensor, router: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        weight, expert = layers.route(x, router, world, fcomm.cpu, k=dense.CHOICES)
+        return layer(x, weight, expert, up, down, world, fcomm.cpu)
+
+    got = dense.value_and_vjp(routed, [x[own], router, part(up), part(down)], ct[own])
+    return differences(got, [y[own], of_x[own], of_router, part(of_up), part(of_down)], "moe")
+
+
+ALL = N * dense.TOKENS
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        partial(layers.moe_capacity, capacity=ALL),
+        partial(layers.moe_ragged, rows=ALL * dense.CHOICES),
+        partial(layers.moe_uneven, counts=[[sum(c) for c in zip(*dense.COUNTS[N], strict=True)], [0] * 2 * N]),
+    ],
+    ids=["capacity", "ragged", "uneven"],
+)
+def test_a_rank_without_tokens(layer: Any) -> None:
+    run_ranks(_tokens_on_rank, N, layer)
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 

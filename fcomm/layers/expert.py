@@ -73,7 +73,7 @@ def moe_capacity(
     boxes = torch.einsum("erf,edf->erd", F.gelu(torch.einsum("erd,efd->erf", boxes, up)), down)
     boxes = all_to_all(boxes, group, backend, split_dim=1, concat_dim=0)
     rows = torch.cat([boxes.flatten(0, 1), x.new_zeros(1, x.shape[1])]).index_select(0, slot.reshape(-1))
-    return (rows.reshape(*slot.shape, -1) * weight.unsqueeze(-1)).sum(1)
+    return (rows.reshape(*slot.shape, x.shape[1]) * weight.unsqueeze(-1)).sum(1)
 
 
 def _slots(expert: Tensor, experts: int, capacity: int) -> Tensor:
