@@ -478,6 +478,11 @@ def test_a_rank_without_tokens(layer: Any) -> None:
     run_ranks(_tokens_on_rank, N, layer)
 
 
+def test_too_little_room_names_rows() -> None:
+    with pytest.raises(fcomm.FcommError, match="rank 1 of group 'world' has room for, rows=0; pass rows="):
+        run_ranks(_tokens_on_rank, N, layers.moe_ragged)
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 

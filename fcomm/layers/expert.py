@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fcomm.collectives import all_gather, all_to_all, axis_index, pvary, ragged_all_to_all, scan
+from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 from fcomm.layers.sequence import own_row
 
@@ -100,8 +101,9 @@ def moe_ragged(
     """Every token reaches its experts; sizes stay on the device, so there is no host synchronisation here.
 
     (A backend without a ragged exchange of its own does one inside ragged_all_to_all.)
-    rows: how many rows this rank has room for; left out, the n k T that can come at worst. More than fit is an error in
-    processes; simulated ranks, which cannot raise for data, lose them.
+    rows: how many rows this rank has room for; left out, n k T, which is the most that can come where every rank has T
+    tokens. Where their numbers differ, pass k times the sum of them: a rank does not know the others'. More than fit is
+    an error in processes, on the rank that lacks the room; simulated ranks, which cannot raise for data, lose them.
     experts: the local experts, by default masked_experts. Traffic: k T D elements each way; besides, counts and places
     of n or E integers.
     """
@@ -114,7 +116,13 @@ def moe_ragged(
     # At each receiver my rows come after those of the ranks before me.
     landing = scan(sends, group, backend, exclusive=True)
     room = x.new_zeros(n * expert.numel() if rows is None else rows, x.shape[1])
-    there = ragged_all_to_all(_copies(x, expert, order), room, starts, sends, landing, recvs, group, backend)
+    try:
+        there = ragged_all_to_all(_copies(x, expert, order), room, starts, sends, landing, recvs, group, backend)
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"moe_ragged: more rows come than rank {group.rank} of group '{group.name}' has room for, "
+            f"rows={len(room)}; pass rows=, at worst k times the tokens of all ranks"
+        ) from error
     which = _which(counts.reshape(-1), room.shape[0], local)
     there = (experts or masked_experts)(there, which, up, down)
     back = all_to_all(starts, group, backend)
