@@ -485,7 +485,7 @@ def _replicated(x: Tensor, *params: Tensor, group: Any, backend: Any) -> Tensor:
 
 OTHERS = [
     LayerCase("gpipe", _pulled_from_first, stages, lambda n: [draw(3, 2, 4, seed=1), draw(n, 4, 4, seed=2)],
-              [None, 0], None, lambda n: {"broadcast": 1, "ppermute": n + 1, "all_reduce_invariant": 1},
+              [None, 0], None, lambda n: {"ppermute": 2 * n, "all_reduce_invariant": 1},
               lambda n: {"ppermute": n + 1, "all_reduce_invariant": 1}),
     LayerCase("replicate", _replicated, mlp, _mlp_args, [0, *[None] * 4], 0, _always(), _always(all_reduce_invariant=1),
               sizes=(1, 2)),

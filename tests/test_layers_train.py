@@ -305,6 +305,37 @@ def test_ticks_without_a_micro_batch_leave_no_nan() -> None:
     torch.testing.assert_close(got, grad(dense)(weights))
 
 
+def _first_and_second(loss: Callable[[Tensor], Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    first = grad(loss)
+    return first(weight), grad(lambda w: first(w).sum())(weight)
+
+
+# Each is defined on what the one before it gives, and on no more.
+DOMAINS = (lambda w, x: (w * x).exp(), lambda w, x: -w * x.sqrt(), lambda w, x: w * (-x).sqrt())
+
+
+def _domains_on_rank(world: fcomm.Group, weights: Tensor, x: Tensor) -> Any:
+    def piped(weight: Tensor) -> Tensor:
+        y = layers.gpipe(partial(DOMAINS[world.rank or 0], weight), x, world, fcomm.cpu)
+        return layers.from_last(y.sum(), world, fcomm.cpu)
+
+    return _first_and_second(piped, weights[world.rank or 0])
+
+
+def test_a_stage_runs_where_it_is_defined_alone() -> None:
+    weights, x = dense.draw(3, seed=1).abs() + 1, dense.draw(MICRO, 2, seed=2)
+
+    def whole(weights: Tensor) -> Tensor:
+        y = x
+        for weight, stage in zip(weights, DOMAINS, strict=True):
+            y = stage(weight, y)
+        return y.sum()
+
+    got = run_ranks(_domains_on_rank, 3, weights, x)
+    for derivative, wanted in zip(zip(*got, strict=True), _first_and_second(whole, weights), strict=True):
+        torch.testing.assert_close(torch.stack(derivative), wanted)
+
+
 def _many_half_losses(world: fcomm.Group) -> None:
     micro = torch.ones(300, 1, dtype=torch.bfloat16)
     total, _ = layers.one_f_one_b(lambda p, x: x, lambda y, m: y.sum().float() * 1.25, {}, micro, world, fcomm.cpu)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from fcomm.collectives import all_reduce_invariant, axis_index, broadcast, ppermute, recv, send
+from fcomm.collectives import all_reduce_invariant, axis_index, ppermute, recv, send
 from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 
@@ -40,14 +40,19 @@ def gpipe(stage: Callable[[Tensor], Tensor], micro: Tensor, group: Group, backen
         rank 0  micro [M ..]      zeros [M ..]
         rank 1  ignored       ->  stage 1(stage 0(micro)) [M ..]
 
-    stage: this rank's stage, [..] -> [..] of one shape; in the ticks without a micro-batch for it, it runs on the first
-    one, and nobody reads the result. torch.utils.checkpoint around stage keeps its inputs only.
-    Traffic: a broadcast and M+n-2 ppermutes of a micro-batch forward, as many ppermutes backward.
+    stage: this rank's stage, [..] -> [..] of one shape. In ticks without a micro-batch it runs on the first one that it
+    gets, and nobody reads the result; so micro-batch 0 passes all stages before tick 0 too, without a derivative.
+    torch.utils.checkpoint around stage keeps its inputs only.
+    Traffic: n-1 ppermutes of a micro-batch to one rank, then M+n-2 ppermutes to all; backward M+n-2.
     """
     n, count = group.size, micro.shape[0]
     rank = axis_index(group, backend).to(micro.device)
-    # Not zeros: many a stage has an infinite derivative there, and that times a cotangent of zero is NaN.
-    idle = broadcast(micro[0].detach(), group, backend)
+    # Elsewhere than on its own inputs a stage may have a derivative of NaN, which times a cotangent of zero is NaN.
+    with torch.no_grad():
+        idle = arrived = micro[0]
+        for r in range(1, n):
+            arrived = ppermute(stage(arrived), group, backend, perm=[(r - 1, r)])
+            idle = torch.where(rank == r, arrived, idle)
     arrived, results = idle, []
     for tick in range(count + n - 1):
         fresh = torch.where(rank == 0, micro[min(tick, count - 1)], arrived)
