@@ -28,15 +28,13 @@ def test_a_send_that_ends_just_after_the_wait_for_it_was_taken() -> None:
 
 
 def test_one_thread_watches_however_often_groups_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Event:
-        def record(self) -> None: ...
-        def query(self) -> bool:
-            return True
+    event = SimpleNamespace(query=lambda: True)
+    module = SimpleNamespace(current_stream=lambda device: SimpleNamespace(record_event=lambda: event))
 
     def team() -> Any:
         return SimpleNamespace(device=torch.device("cuda"), lock=threading.Lock(), pending=deque())
 
-    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     for _ in range(5):
         on = team()
         later.watch(on, "all_reduce", 0.0)

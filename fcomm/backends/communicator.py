@@ -116,8 +116,13 @@ def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: flo
 
 def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline: float) -> T:
     """fn() in the channel's thread, since calls may block there; or the error of a deadline or of another rank."""
+
+    def task() -> T:
+        with current(on.device):  # each thread has its own
+            return fn()
+
     worker = channel.worker = channel.worker or start_worker()
-    future = worker.submit(fn)
+    future = worker.submit(task)
     while True:
         try:
             return future.result(min(SLICE_S, max(0.0, deadline - time.monotonic())))
@@ -141,14 +146,13 @@ def _open(on: Team, op: str, channel: Channel, library: Library, deadline: float
         handle = channel.handle
         if channel.ended:
             raise FcommError("the communicator was aborted")
-        with current(on.device):
-            try:
-                on.machine.connect(library, handle, size, uid, rank)
-            finally:
-                if channel.ended and (late := channel.take(handle)):
-                    # Another thread gave up meanwhile, and found nothing to abort yet.
-                    on.machine.abort(library, late)
-            _settle(on, op, channel, library, deadline)
+        try:
+            on.machine.connect(library, handle, size, uid, rank)
+        finally:
+            if channel.ended and (late := channel.take(handle)):
+                # Another thread gave up meanwhile, and found nothing to abort yet.
+                on.machine.abort(library, late)
+        _settle(on, op, channel, library, deadline)
 
     _bounded(on, op, channel, connect, deadline)
     channel.ready = True
@@ -227,13 +231,12 @@ def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None
     library, handle = on.machine.load(), channel.handle
 
     def finish() -> None:
-        with current(on.device):
-            on.machine.finalize(library, handle, lambda: _settle(on, "close", channel, library, deadline))
-            with channel.polling:  # nobody asks about it from here on
-                own = channel.take(handle)
-            if own is None:
-                raise FcommError("the communicator was aborted")
-            on.machine.destroy(library, own)
+        on.machine.finalize(library, handle, lambda: _settle(on, "close", channel, library, deadline))
+        with channel.polling:  # nobody asks about it from here on
+            own = channel.take(handle)
+        if own is None:
+            raise FcommError("the communicator was aborted")
+        on.machine.destroy(library, own)
 
     try:
         with current(on.device):

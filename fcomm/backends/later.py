@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fcomm.backends import ccall
 from fcomm.backends.failure import SLICE_S, abort, give_up, look_around, raise_failure
-from fcomm.backends.machine import LOG, Team, is_capturing
+from fcomm.backends.machine import LOG, Team, current, is_capturing
 from fcomm.backends.worker import start_worker, submit_behind
 from fcomm.errors import CollectiveTimeoutError, FcommError
 
@@ -105,8 +105,7 @@ def watch(on: Team, op: str, deadline: float) -> None:
     global _watcher  # noqa: PLW0603
     if on.device.type == "cpu" or is_capturing(on.device):
         return
-    event = torch.get_device_module(on.device).Event()
-    event.record()
+    event = torch.get_device_module(on.device).current_stream(on.device).record_event()
     with on.lock:
         _drop_finished(on)
         on.pending.append((event, deadline, op))
@@ -148,8 +147,8 @@ def look_at_pending(on: Team) -> None:
     if on.failure is not None:
         return
     library = on.machine.load()
-    # Held while aborting: no other thread may be inside the library then.
-    with on.main.lock:
+    # The lock is held while aborting: no other thread may be inside the library then.
+    with on.main.lock, current(on.device):
         try:
             for channel in on.channels():
                 if channel.ready:

@@ -2,6 +2,7 @@
 // (libhcomm.so), as newer CANN splits them; without it, one library has both, as older CANN.
 //
 // Calls work in the caller's thread and return when they are done. HcclCommDestroy from another thread ends them.
+// Once a thread has a device (double_set_device), calls from threads that have none are refused, as on an NPU.
 // The parts share core.hpp's variables: they are compiled with default visibility, which makes those one per process.
 #include "core.hpp"
 
@@ -9,7 +10,7 @@
 
 using namespace core;
 
-enum Code { kSuccess, kPara, kPtr, kMemory, kInternal, kNotSupport, kTcpTransfer = 13, kRemoteError = 21 };
+enum Code { kSuccess, kPara, kPtr, kMemory, kInternal, kNotSupport, kTcpTransfer = 13, kRuntime = 15, kRemoteError = 21 };
 constexpr size_t kRootInfoBytes = 4108;
 using u32 = uint32_t;
 using u64 = uint64_t;
@@ -31,8 +32,15 @@ struct Config {
 [[maybe_unused]] static const Kind kKinds[] = {kI8, kI16, kI32, kF16, kF32, kI64, kU64, kU8, kU16, kU32, kF64, kBF16, kOpaque16,
                               kOpaque1, kOpaque1, kOpaque1, kOpaque1, kOpaque1};
 
+inline std::atomic<bool> g_on_device{false};
+inline thread_local bool t_has_device = false;
+
+static Fault enter_with_device(const char *symbol) {
+  return g_on_device && !t_has_device ? Fault{kStatus, kRuntime} : enter(symbol);
+}
+
 #define ENTER_WITH(symbol, comm)                                         \
-  Fault fault = enter(symbol);                                           \
+  Fault fault = enter_with_device(symbol);                               \
   if (fault.action == kStatus) return static_cast<int>(fault.value);     \
   Inside inside(comm);                                                   \
   if (suffer(comm, fault)) return kInternal;                             \
@@ -44,6 +52,11 @@ struct Config {
   if (!c) return kPara;
 
 #if !defined(DOUBLE_PART) || DOUBLE_PART == 2
+extern "C" __attribute__((visibility("default"))) void double_set_device(int has) {
+  g_on_device = true;
+  t_has_device = has;
+}
+
 // --- communicators --------------------------------------------------------------------------------------------------
 
 extern "C" __attribute__((visibility("default"))) const char *HcclGetErrorString(int code) {
@@ -80,13 +93,13 @@ static int open_comm(u32 nranks, const char *root, u32 rank, const char *name, v
 }
 
 API HcclCommInitRootInfo(u32 nranks, const char *root, u32 rank, void **comm) {
-  Fault fault = enter("HcclCommInitRootInfo");
+  Fault fault = enter_with_device("HcclCommInitRootInfo");
   if (fault.action == kStatus) return fault.value;
   return open_comm(nranks, root, rank, "hccl_world", comm, fault);
 }
 
 API HcclCommInitRootInfoConfig(u32 nranks, const char *root, u32 rank, const Config *config, void **comm) {
-  Fault fault = enter("HcclCommInitRootInfoConfig");
+  Fault fault = enter_with_device("HcclCommInitRootInfoConfig");
   if (fault.action == kStatus) return fault.value;
   if (!config) return kPtr;
   if (config->magic != 0xf0f0f0f0 || config->reserved || !config->version || config->version > 10) return kPara;
@@ -97,7 +110,7 @@ API HcclCommInitRootInfoConfig(u32 nranks, const char *root, u32 rank, const Con
 }
 
 API HcclCommDestroy(void *comm) {
-  Fault fault = enter("HcclCommDestroy");
+  Fault fault = enter_with_device("HcclCommDestroy");
   if (fault.action == kStatus) return fault.value;
   FIND(c, comm)
   if (suffer(c, fault)) return kInternal;
@@ -116,7 +129,7 @@ API HcclCommDestroy(void *comm) {
 GETTER(HcclGetRankSize, u32, u32(c->size))
 GETTER(HcclGetRankId, u32, u32(c->rank))
 API HcclGetCommAsyncError(void *comm, int *out) {
-  Fault fault = enter("HcclGetCommAsyncError");
+  Fault fault = enter_with_device("HcclGetCommAsyncError");
   if (fault.action == kStatus) return fault.value;
   FIND(c, comm)
   if (!out) return kPtr;
