@@ -1,7 +1,7 @@
 """A double's backend as if its tensors were on a device: the current device, streams and events, on host memory.
 
-The double "nccl-device" takes calls at once and works later, as a device does; so tests keep a call's tensors until it is
-done. Unlike a device, what is on one stream for two communicators is done side by side.
+The double "nccl-device" takes calls at once and works later, as a device does; so tests keep a call's tensors until it
+is done. Unlike a device, what is on one stream for two communicators is done side by side.
 """
 
 from __future__ import annotations

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import threading
+import time
 
+import pytest
 import torch
 from emulated import emulate, team
+from torch import Tensor
+from vendors import STATUS, plant
 
 import fcomm
 from fcomm.backends import later
 from fcomm.testing import run_ranks
+
+DOUBLE = "nccl-device"
+TENSORS: list[Tensor] = []  # of calls that are not done
+
+
+def opened(world: fcomm.Group, timeout_s: float, name: str = "g") -> tuple[fcomm.Group, fcomm.Backend]:
+    on, group = emulate(DOUBLE), fcomm.subgroup(world, range(world.size), name=name, timeout_s=timeout_s)
+    add(group, on)
+    return group, on
+
+
+def add(group: fcomm.Group, on: fcomm.Backend) -> None:
+    """Start an all_reduce."""
+    x = torch.ones(2)
+    TENSORS.extend((x, fcomm.all_reduce(x, group, on)))
 
 
 def on_a_device(world: fcomm.Group, double: str) -> list[str]:
@@ -26,3 +45,36 @@ def on_a_device(world: fcomm.Group, double: str) -> list[str]:
 
 def test_hccl_is_called_by_threads_that_have_a_device() -> None:
     run_ranks(on_a_device, 2, "hccl", timeout_s=60)
+
+
+def fails_to_open(world: fcomm.Group) -> None:
+    """Rank 1's first call fails, so that rank 0's kernel waits for ever."""
+    on = emulate(DOUBLE)
+    group = fcomm.subgroup(world, range(world.size), name="g", timeout_s=20)
+    if world.rank == 1:
+        plant(DOUBLE, "ncclAllReduce", STATUS, 3)
+    start = time.monotonic()
+    with pytest.raises(fcomm.BackendError, match="ncclAllReduce returned ncclInternalError") as caught:
+        fcomm.all_reduce(torch.ones(1), group, on)
+    assert caught.value.culprits == (1,)
+    assert time.monotonic() - start < 10
+
+
+def test_a_rank_that_fails_while_a_group_opens_fails_it_on_all() -> None:
+    run_ranks(fails_to_open, 2, timeout_s=60)
+
+
+def closes_alone(world: fcomm.Group) -> None:
+    group, on = opened(world, timeout_s=1.5)
+    if world.rank == 0:
+        add(group, on)
+        start = time.monotonic()
+        with pytest.raises(fcomm.CollectiveTimeoutError, match="close passed its deadline"):
+            fcomm.close(group)
+        assert time.monotonic() - start < 5
+    else:
+        time.sleep(5)
+
+
+def test_closing_does_not_wait_for_ever_for_a_call_that_another_rank_does_not_make() -> None:
+    run_ranks(closes_alone, 2, timeout_s=60)

@@ -22,6 +22,7 @@ from fcomm.testing.strategies import DTYPES
 
 DOUBLES = {
     "nccl": "nccl/libnccl.so.2",
+    "nccl-device": "nccl-device/libnccl.so.2",
     "nccl-2.21": "nccl-2.21/libnccl.so.2",
     "hccl": "hccl/libhccl.so",
     "hccl-split": "hccl-split/libhccl.so",
@@ -48,6 +49,9 @@ def control(double: str) -> ctypes.CDLL:
     lib = ctypes.CDLL(build.path(DOUBLES[double]))
     lib.double_fault.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_long)
     lib.double_calls.argtypes, lib.double_calls.restype = (ctypes.c_char_p,), ctypes.c_long
+    if double == "nccl-device":
+        lib.double_issued.restype = ctypes.c_long
+        lib.double_reached.argtypes = (ctypes.c_void_p, ctypes.c_long)
     return lib
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,8 +28,8 @@ from fcomm.backends.machine import (
     Team,
     current,
     is_capturing,
+    record,
     stream_of,
-    synchronize,
 )
 from fcomm.backends.worker import start_worker
 from fcomm.errors import FcommError, RendezvousError
@@ -101,17 +101,20 @@ def _run(on: Team, op: str, channel: Channel, library: Library, fn: Callable[[Co
         calls()
 
 
-def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: float) -> None:
-    """Wait until the library has taken what was called: non-blocking communicators return before."""
+def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: float, event: Any = None) -> None:
+    """Wait for event, and until the library has taken what was called: non-blocking communicators return before."""
     pause, looked = 2e-5, time.monotonic()
-    while (code := on.poll(library, channel)) in library.codes.pending:
+    while True:
+        code = on.poll(library, channel)
+        ccall.check(library, code, f"{op}, asynchronously,")
+        if code == 0 and (event is None or event.query()):
+            return
         now = time.monotonic()
         if now - looked > SLICE_S or now > deadline:
             look_around(on, op, deadline)
             looked = now
         time.sleep(pause)
         pause = min(2 * pause, 2e-3)
-    ccall.check(library, code, f"{op}, asynchronously,")
 
 
 def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline: float) -> T:
@@ -163,7 +166,7 @@ def _open(on: Team, op: str, channel: Channel, library: Library, deadline: float
         # Connections between ranks are made by the first collective; a graph could not capture that.
         x = torch.zeros(2, device=on.device)
         _run(on, op, channel, library, lambda comm: on.machine.all_reduce(comm, x[:1], x[1:], "sum"), deadline)
-        synchronize(on.device)
+        _settle(on, op, channel, library, deadline, record(on.device))
 
 
 def _meet(on: Team, op: str, channel: Channel, library: Library, deadline: float) -> bytes:
@@ -228,9 +231,10 @@ def _close(on: Team) -> None:
 
 
 def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None:
-    library, handle = on.machine.load(), channel.handle
+    library, handle, event = on.machine.load(), channel.handle, record(on.device)
 
     def finish() -> None:
+        _settle(on, "close", channel, library, deadline, event)
         on.machine.finalize(library, handle, lambda: _settle(on, "close", channel, library, deadline))
         with channel.polling:  # nobody asks about it from here on
             own = channel.take(handle)
@@ -239,8 +243,6 @@ def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None
         on.machine.destroy(library, own)
 
     try:
-        with current(on.device):
-            synchronize(on.device)
         _bounded(on, "close", channel, finish, deadline)
         channel.handle, channel.ready = ctypes.c_void_p(), False
     except FcommError as error:

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 
-import torch
 from torch import Tensor
 
 from fcomm.backends import ccall
 from fcomm.backends.failure import SLICE_S, abort, give_up, look_around, raise_failure
-from fcomm.backends.machine import LOG, Team, current, is_capturing
+from fcomm.backends.machine import LOG, Team, current, is_capturing, record
 from fcomm.backends.worker import start_worker, submit_behind
 from fcomm.errors import CollectiveTimeoutError, FcommError
 
@@ -103,9 +102,9 @@ _WATCH_S = 0.5
 def watch(on: Team, op: str, deadline: float) -> None:
     """Have the thread look after what was just put on the current stream."""
     global _watcher  # noqa: PLW0603
-    if on.device.type == "cpu" or is_capturing(on.device):
+    event = record(on.device)
+    if event is None:
         return
-    event = torch.get_device_module(on.device).current_stream(on.device).record_event()
     with on.lock:
         _drop_finished(on)
         on.pending.append((event, deadline, op))

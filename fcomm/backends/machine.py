@@ -205,6 +205,13 @@ def stream_of(device: torch.device) -> int:
     return int(getattr(stream, f"{device.type}_stream"))
 
 
+def record(device: torch.device) -> Any:
+    """An event behind what the current stream has so far; None on host memory and while a graph is captured."""
+    if device.type == "cpu" or is_capturing(device):
+        return None
+    return torch.get_device_module(device).current_stream(device).record_event()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the current stream, unless it is being captured."""
     if device.type != "cpu" and not is_capturing(device):

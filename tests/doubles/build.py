@@ -18,6 +18,7 @@ _HIDDEN = ("-fvisibility=hidden",)
 # Directory and file of each double -> how it is built.
 DOUBLES = {
     "nccl/libnccl.so.2": ("nccl.cpp", "-DDOUBLE_VERSION=23203", *_HIDDEN),
+    "nccl-device/libnccl.so.2": ("nccl.cpp", "-DDOUBLE_VERSION=23203", "-DDOUBLE_DEVICE", *_HIDDEN),
     "nccl-2.21/libnccl.so.2": ("nccl.cpp", "-DDOUBLE_VERSION=22105", *_HIDDEN),
     "hccl/libhccl.so": ("hccl.cpp", *_HIDDEN),
     "hccl-split/libhccl.so": ("hccl.cpp", "-DDOUBLE_PART=1"),

@@ -3,6 +3,7 @@
 // Stricter than NCCL: ranks that call different things get ncclInvalidUsage instead of a hang, a handle that is not a
 // communicator ncclInvalidArgument instead of a crash. Communicators with blocking=0 work in their own thread:
 // calls return ncclInProgress, ncclCommGetAsyncError tells how they end, and nothing else may be called meanwhile.
+// -DDOUBLE_DEVICE builds it as on a device: calls return at once, and what they put on a stream is done later.
 #include <limits.h>
 #include <stdlib.h>
 
@@ -73,6 +74,41 @@ static int perform(Comm *c, const std::vector<Call> &calls) {
   return code_of(transfer(*c, outs, ins));
 }
 
+#ifdef DOUBLE_DEVICE
+// What is on the streams and not done, by the number that it got when it was put there.
+static std::mutex g_kernels_lock;
+static std::map<long, void *> g_kernels;
+static long g_issued = 0;
+
+extern "C" __attribute__((visibility("default"))) long double_issued() {
+  std::lock_guard<std::mutex> hold(g_kernels_lock);
+  return g_issued;
+}
+
+// Whether the stream has done all that it had when that number had been issued.
+API double_reached(void *stream, long number) {
+  std::lock_guard<std::mutex> hold(g_kernels_lock);
+  for (auto &kernel : g_kernels)
+    if (kernel.first <= number && kernel.second == stream) return 0;
+  return 1;
+}
+
+static int put_on_stream(Comm *c, std::vector<Call> calls) {
+  std::lock_guard<std::mutex> hold(g_kernels_lock);
+  long number = ++g_issued;
+  g_kernels[number] = calls[0].stream;
+  submit(*c, [c, number, calls = std::move(calls)] {
+    int code = perform(c, calls);
+    // A kernel whose peer has gone waits: nobody tells it.
+    while (code == kRemoteError && !c->abort) sleep_ms(2);
+    if (code) c->state = code;
+    std::lock_guard<std::mutex> hold(g_kernels_lock);
+    g_kernels.erase(number);
+  });
+  return kSuccess;
+}
+#endif
+
 static int launch(Comm *c, std::vector<Call> calls) {
   if (c->state == kInProgress) return refuse(kInvalidUsage, "the previous call on this communicator is in progress");
   if (c->state) return refuse(kInvalidUsage, "the communicator has failed; abort it");
@@ -85,6 +121,9 @@ static int launch(Comm *c, std::vector<Call> calls) {
     if (code) c->state = code;
     return code;
   }
+#ifdef DOUBLE_DEVICE
+  if (calls[0].stream) return put_on_stream(c, std::move(calls));
+#endif
   c->state = kInProgress;
   submit(*c, [c, calls = std::move(calls)] { c->state = perform(c, calls); });
   return kInProgress;
