@@ -270,7 +270,10 @@ def at_the_end(world: fcomm.Group, double: str, symbols: list[str], code: int) -
 
 @pytest.mark.parametrize(
     ("double", "symbols", "code"),
-    [("nccl", ["ncclCommFinalize", "ncclCommDestroy"], 3), ("hccl", ["HcclCommDestroy"], 4)],
+    [
+        ("nccl", ["ncclCommGetAsyncError", "ncclCommFinalize", "ncclCommDestroy"], 3),
+        ("hccl", ["HcclGetCommAsyncError", "HcclCommDestroy"], 4),
+    ],
 )
 def test_a_status_at_the_end(double: str, symbols: list[str], code: int) -> None:
     run_ranks(at_the_end, 2, double, symbols, code, timeout_s=60)

@@ -74,7 +74,26 @@ def closes_alone(world: fcomm.Group) -> None:
         assert time.monotonic() - start < 5
     else:
         time.sleep(5)
+        with pytest.raises(fcomm.CollectiveTimeoutError, match="rank 0 failed first: close passed its deadline"):
+            fcomm.close(group)
 
 
 def test_closing_does_not_wait_for_ever_for_a_call_that_another_rank_does_not_make() -> None:
     run_ranks(closes_alone, 2, timeout_s=60)
+
+
+def fails_unnoticed(world: fcomm.Group) -> None:
+    """The last call does not end, and nobody calls or waits any more."""
+    group, on = opened(world, timeout_s=1.5)
+    if world.rank == 0:
+        add(group, on)
+    until = time.monotonic() + 10
+    while team(group).failure is None and time.monotonic() < until:
+        time.sleep(0.05)
+    with pytest.raises(fcomm.CollectiveTimeoutError, match="all_reduce passed its deadline"):
+        fcomm.close(group)
+    fcomm.close(group)
+
+
+def test_closing_raises_what_no_call_has_raised() -> None:
+    run_ranks(fails_unnoticed, 2, timeout_s=60)

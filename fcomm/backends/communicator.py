@@ -208,7 +208,8 @@ def _edge(on: Team, edge: tuple[int, int]) -> Channel:
 def _close(on: Team) -> None:
     """Wait for the sends, then end the communicators, edges first and in an order that all ranks share.
 
-    Raises the first error of a send or of a communicator's end; a team that failed before closes in silence.
+    Raises what ended the team, or the first error of a send or of a communicator's end; in silence if a call has raised
+    it before.
     """
     raised, deadline = on.raised, time.monotonic() + on.live.timeout_s
 
@@ -225,15 +226,16 @@ def _close(on: Team) -> None:
             problem = _finish(on, channel, deadline) or problem
         if channel.worker is not None:
             channel.worker.stop()
+    problem = problem or on.failure
     if problem is not None and not raised:
         on.raised = True
         raise problem
 
 
 def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None:
-    library, handle, event = on.machine.load(), channel.handle, record(on.device)
+    library, handle = on.machine.load(), channel.handle
 
-    def finish() -> None:
+    def finish(event: Any) -> None:
         _settle(on, "close", channel, library, deadline, event)
         on.machine.finalize(library, handle, lambda: _settle(on, "close", channel, library, deadline))
         with channel.polling:  # nobody asks about it from here on
@@ -243,8 +245,9 @@ def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None
         on.machine.destroy(library, own)
 
     try:
-        _bounded(on, "close", channel, finish, deadline)
+        event = record(on.device)
+        _bounded(on, "close", channel, lambda: finish(event), deadline)
         channel.handle, channel.ready = ctypes.c_void_p(), False
-    except FcommError as error:
+    except Exception as error:
         return give_up(on, "close", library, error)
     return None
