@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import fcomm
 from fcomm.backends import later
 from fcomm.backends.worker import start_worker
+from fcomm.backends.machine import Channel, Team
 
 
 def test_a_send_that_ends_just_after_the_wait_for_it_was_taken() -> None:
@@ -27,14 +30,19 @@ def test_a_send_that_ends_just_after_the_wait_for_it_was_taken() -> None:
     assert later._was_taken(nobody, 1, Late(), deadline=time.monotonic() - 1)
 
 
-def test_one_thread_watches_however_often_groups_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Team]:
+    """Teams on a device that has done all it was given."""
     event = SimpleNamespace(query=lambda: True)
-    module = SimpleNamespace(current_stream=lambda device: SimpleNamespace(record_event=lambda: event))
-
-    def team() -> Any:
-        return SimpleNamespace(device=torch.device("cuda"), lock=threading.Lock(), pending=deque())
-
+    stream = SimpleNamespace(record_event=lambda: event)
+    module = SimpleNamespace(current_stream=lambda device: stream, device=nullcontext)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    machine: Any = SimpleNamespace(load=lambda: None)
+    owner: Any = None
+    return lambda: Team(machine, fcomm.Group("g", (0, 1), 0), torch.device("cuda"), owner, Channel("main", (0, 1)))
+
+
+def test_one_thread_watches_however_often_groups_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    team = on_device(monkeypatch)
     for _ in range(5):
         on = team()
         later.watch(on, "all_reduce", 0.0)
@@ -59,3 +67,25 @@ def test_a_worker_without_a_thread_makes_its_calls_at_once(monkeypatch: pytest.M
     refuse("can't start new thread")
     with pytest.raises(RuntimeError):
         start_worker()
+
+
+def test_the_watch_goes_on_past_a_group_that_opens_and_one_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    team, looked = on_device(monkeypatch), threading.Semaphore(0)
+    opens, breaks, last = team(), team(), team()
+    gave_up: list[tuple[Team, str]] = []
+
+    def look_around(on: Team, op: str, deadline: float) -> None:
+        if on is breaks:
+            raise RuntimeError("the driver does not answer")
+        looked.release()
+
+    monkeypatch.setattr(later, "look_around", look_around)
+    monkeypatch.setattr(later, "give_up", lambda on, op, library, error: gave_up.append((on, str(error))))
+    with opens.main.lock:  # as a call that waits for the other ranks
+        for on in (opens, breaks, last):
+            later.watch(on, "all_reduce", 0.0)
+        for _ in range(2):
+            assert looked.acquire(timeout=10)
+        for on in (opens, breaks, last):
+            later.forget(on)
+    assert gave_up[0] == (breaks, "the driver does not answer")

@@ -146,9 +146,11 @@ def look_at_pending(on: Team) -> None:
     if on.failure is not None:
         return
     library = on.machine.load()
-    # The lock is held while aborting: no other thread may be inside the library then.
-    with on.main.lock, current(on.device):
-        try:
+    # Held while aborting: no other thread may be inside the library then. A call that holds it for long looks around.
+    if not on.main.lock.acquire(timeout=SLICE_S):
+        return
+    try:
+        with current(on.device):
             for channel in on.channels():
                 if channel.ready:
                     code = on.poll(library, channel)
@@ -156,9 +158,11 @@ def look_at_pending(on: Team) -> None:
             look_around(on, op, max(deadline, time.monotonic() + 1))
             if time.monotonic() > deadline:
                 _check_late(on)
-        except FcommError as error:
-            give_up(on, op, library, error)
-            on.raised = False  # the next call on the group raises it
+    except Exception as error:
+        give_up(on, op, library, error)
+        on.raised = False  # the next call on the group raises it
+    finally:
+        on.main.lock.release()
 
 
 def _check_late(on: Team) -> None:
