@@ -59,10 +59,17 @@ class Live:
         return found[0]
 
     def close_communicators(self) -> None:
+        """Close all of them, the latest first; raises the first error of one."""
+        problem: Exception | None = None
         with self._lock:
             while self._communicators:
                 _, (communicator, close) = self._communicators.popitem()
-                close(communicator)
+                try:
+                    close(communicator)
+                except Exception as error:
+                    problem = problem or error
+        if problem is not None:
+            raise problem
 
 
 _LIVE: dict[str, Live] = {}

@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 
 import fcomm
-from fcomm import Group, RendezvousError
+from fcomm import FcommError, Group, RendezvousError
 from fcomm.bootstrap import first_host, launcher_place
+from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
 
 LAUNCHER_VARIABLES = (
@@ -421,6 +422,21 @@ def derived(world: Group) -> list[str]:
 
 def test_subgroup_split_mesh_and_closing() -> None:
     run_ranks(derived, 4)
+
+
+def test_closing_a_group_closes_all_its_communicators_and_raises_the_first_error() -> None:
+    group, closed = fcomm.stateless_group("127.0.0.1", free_port(), 0, 1, name="own"), []
+
+    def close(name: str) -> None:
+        closed.append(name)
+        if name != "first":
+            raise FcommError(name)
+
+    for name in ("first", "second", "third"):
+        live(group).communicator(name, lambda: name, close)
+    with pytest.raises(FcommError, match="third"):
+        fcomm.close(group)
+    assert closed == ["third", "second", "first"]
 
 
 def stateless(world: Group, port: int) -> list[str]:
