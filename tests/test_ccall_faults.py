@@ -224,9 +224,10 @@ def test_a_rank_that_does_not_come_is_named(double: str) -> None:
     run_ranks(absent, 3, double, timeout_s=60)
 
 
-def killed(world: fcomm.Group, double: str, directory: str) -> None:
+def killed(world: fcomm.Group, double: str, directory: str, before: int) -> None:
     on = backend(double)
-    fcomm.all_reduce(torch.ones(1), world, on)
+    for _ in range(before):
+        fcomm.all_reduce(torch.ones(1), world, on)
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
@@ -239,10 +240,11 @@ def killed(world: fcomm.Group, double: str, directory: str) -> None:
         out.write(text)
 
 
+@pytest.mark.parametrize("before", [0, 1])
 @pytest.mark.parametrize("double", ["nccl", "hccl"])
-def test_a_killed_rank_is_named(double: str, tmp_path: object) -> None:
+def test_a_killed_rank_is_named(double: str, before: int, tmp_path: object) -> None:
     with pytest.raises(fcomm.FcommError, match="SIGKILL"):
-        run_ranks(killed, 3, double, str(tmp_path), timeout_s=60)
+        run_ranks(killed, 3, double, str(tmp_path), before, timeout_s=60)
     for rank in (0, 2):
         with open(os.path.join(str(tmp_path), str(rank)), encoding="utf-8") as said:
             assert said.read() == "(1,) True"

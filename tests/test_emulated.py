@@ -12,7 +12,9 @@ from torch import Tensor
 from vendors import STATUS, plant
 
 import fcomm
+from fcomm import processes
 from fcomm.backends import later
+from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
 
 DOUBLE = "nccl-device"
@@ -82,14 +84,19 @@ def test_closing_does_not_wait_for_ever_for_a_call_that_another_rank_does_not_ma
     run_ranks(closes_alone, 2, timeout_s=60)
 
 
+def wait_for_failure(group: fcomm.Group) -> None:
+    """Until the thread that watches has found it."""
+    until = time.monotonic() + 15
+    while team(group).failure is None and time.monotonic() < until:
+        time.sleep(0.05)
+
+
 def fails_unnoticed(world: fcomm.Group) -> None:
     """The last call does not end, and nobody calls or waits any more."""
     group, on = opened(world, timeout_s=1.5)
     if world.rank == 0:
         add(group, on)
-    until = time.monotonic() + 10
-    while team(group).failure is None and time.monotonic() < until:
-        time.sleep(0.05)
+    wait_for_failure(group)
     with pytest.raises(fcomm.CollectiveTimeoutError, match="all_reduce passed its deadline"):
         fcomm.close(group)
     fcomm.close(group)
@@ -97,3 +104,18 @@ def fails_unnoticed(world: fcomm.Group) -> None:
 
 def test_closing_raises_what_no_call_has_raised() -> None:
     run_ranks(fails_unnoticed, 2, timeout_s=60)
+
+
+def dies(world: fcomm.Group) -> None:
+    """Rank 1 counts as ended while rank 0's kernel waits for it."""
+    group, on = opened(world, timeout_s=30)
+    if world.rank == 0:
+        add(group, on)
+        processes.has_ended = lambda who: who == live(group).identities[1]
+    wait_for_failure(group)
+    with pytest.raises(fcomm.PeerDiedError, match=r"rank 1 \(process \d+\) ended"):
+        fcomm.close(group)
+
+
+def test_a_kernel_that_waits_for_a_dead_rank_is_ended() -> None:
+    run_ranks(dies, 2, timeout_s=60)

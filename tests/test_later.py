@@ -74,7 +74,7 @@ def test_the_watch_goes_on_past_a_group_that_opens_and_one_that_breaks(monkeypat
     opens, breaks, last = team(), team(), team()
     gave_up: list[tuple[Team, str]] = []
 
-    def look_around(on: Team, op: str, deadline: float) -> None:
+    def look_around(on: Team, op: str, deadline: float, needed: set[int]) -> None:
         if on is breaks:
             raise RuntimeError("the driver does not answer")
         looked.release()

@@ -111,7 +111,7 @@ def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: flo
             return
         now = time.monotonic()
         if now - looked > SLICE_S or now > deadline:
-            look_around(on, op, deadline)
+            look_around(on, op, deadline, channel.members)
             looked = now
         time.sleep(pause)
         pause = min(2 * pause, 2e-3)
@@ -132,7 +132,7 @@ def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline:
         except NotYet:
             if future.done():
                 return future.result()
-            look_around(on, op, deadline)
+            look_around(on, op, deadline, channel.members)
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def _meet(on: Team, op: str, channel: Channel, library: Library, deadline: float
         return uid
     pause = 1e-3
     while (frame := on.read(key)) is None:
-        look_around(on, op, deadline)
+        look_around(on, op, deadline, channel.members)
         time.sleep(pause)
         pause = min(2 * pause, 2e-2)
     if len(frame) != _FRAME.size + on.machine.id_nbytes:

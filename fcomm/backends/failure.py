@@ -10,11 +10,12 @@ from __future__ import annotations
 import ctypes
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
 from typing import TypeVar
 
+from fcomm import processes
 from fcomm.backends import ccall
 from fcomm.backends.ccall import Library
 from fcomm.backends.machine import LOG, Channel, Team, current
@@ -29,9 +30,9 @@ STORE_S = 2.0  # the store may be what failed
 _ABORT_S = 0.5  # an abort that takes longer goes on alone
 _ABORT_ON_DEVICE_S = 5.0  # there it waits for kernels that write into tensors
 
-# Of a failure in the store: magic, rank, code (_TIMEOUT, _OTHER, or the library's). Its text follows.
+# Of a failure in the store: magic, rank, code (_TIMEOUT, _OTHER, _DIED, or the library's). Its text follows.
 _REPORT = struct.Struct("<4sIi")
-_TIMEOUT, _OTHER = -1, -2
+_TIMEOUT, _OTHER, _DIED = -1, -2, -3
 
 
 def raise_failure(on: Team, op: str) -> None:
@@ -50,13 +51,33 @@ def raise_failure(on: Team, op: str) -> None:
     )
 
 
-def look_around(on: Team, op: str, deadline: float) -> None:
-    """Raise if the deadline has passed or another rank has failed."""
+def look_around(on: Team, op: str, deadline: float, needed: Container[int]) -> None:
+    """Raise if the deadline has passed, another rank has failed, or one of the needed has ended without closing."""
     if time.monotonic() > deadline:
         raise CollectiveTimeoutError(f"{op} passed its deadline of {on.live.timeout_s} s")
     report = _reported(on)
     if report is not None:
         raise _error_of(on, *report)
+    gone = [r for r in _ended(on) if r in needed and not has_closed(on, r)]
+    if gone:
+        raise PeerDiedError(f"{_named(on, gone)} ended; look at the log there", culprits=gone)
+
+
+def has_closed(on: Team, rank: int) -> bool:
+    """Whether a rank closes, or has closed, the group."""
+    try:
+        return on.read(f"closing/{rank}") is not None
+    except RuntimeError:
+        return True  # the store has gone, and with it the process that served it
+
+
+def _ended(on: Team) -> list[int]:
+    """The ranks whose processes have ended, as far as this host knows."""
+    return [r for r, who in enumerate(on.live.identities) if processes.has_ended(who)]
+
+
+def _named(on: Team, ranks: Iterable[int]) -> str:
+    return ", ".join(f"rank {r} ({processes.process(on.live.identities[r])})" for r in ranks)
 
 
 def give_up(on: Team, op: str, library: Library, error: BaseException) -> BaseException:
@@ -109,15 +130,15 @@ def limited(fn: Callable[[], T], limit_s: float) -> T | None:
 
 def _agreed(on: Team, op: str, error: FcommError) -> FcommError:
     """The error that all ranks raise for this failure: that of the first report."""
-    code = _TIMEOUT if type(error) is CollectiveTimeoutError else getattr(error, "code", _OTHER)
+    code = {CollectiveTimeoutError: _TIMEOUT, PeerDiedError: _DIED}.get(type(error), getattr(error, "code", _OTHER))
     # The report before the abort: peers notice an abort at once, and then look for the reason.
     report = limited(lambda: _report(on, code, str(error)), STORE_S)
     if report is not None:
         rank, code, text = report
         error = error if rank == on.rank else _error_of(on, rank, code, text)
-    late = isinstance(error, CollectiveTimeoutError | PeerDiedError)
-    culprits = limited(lambda: _culprits(on, late, report), STORE_S) or ()
-    absent = f"; ranks {list(culprits)} have not answered: look at their logs" if late and culprits else ""
+    culprits = limited(lambda: _culprits(on, error, report), STORE_S) or error.culprits
+    silent = culprits if _is_silence(error) and code != _DIED else ()
+    absent = f"; ranks {list(silent)} have not answered: look at their logs" if silent else ""
     return _located(error, op, on, f"{on.where(op)}: {error}{absent}", culprits)
 
 
@@ -133,6 +154,8 @@ def _error_of(on: Team, rank: int, code: int, text: str) -> FcommError:
     text = text if rank == on.rank else f"rank {rank} failed first: {text}"
     if code == _TIMEOUT:
         return CollectiveTimeoutError(text)
+    if code == _DIED:
+        return PeerDiedError(text)
     if code < 0:
         return BackendError(text)
     return ccall.error_of(on.machine.load().codes, code, text)
@@ -163,18 +186,23 @@ def _reported(on: Team) -> tuple[int, int, str] | None:
     return rank, code, "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _culprits(on: Team, late: bool, report: tuple[int, int, str] | None) -> tuple[int, ...]:
+def _is_silence(error: FcommError) -> bool:
+    """Whether what is wrong is that a rank does not answer."""
+    return isinstance(error, CollectiveTimeoutError | PeerDiedError)
+
+
+def _culprits(on: Team, error: FcommError, report: tuple[int, int, str] | None) -> tuple[int, ...]:
     """The ranks that caused it. The first to report finds them, the others read what it found.
 
-    late: what is wrong is that a rank does not answer. Then it is whoever does not notice the failure either: a rank
-    that waits for the group does so within a slice. Else it is the rank whose call failed.
+    Of a silence that names nobody it is whoever does not notice the failure either: a rank that waits for the group
+    does so within a slice. Of the rest it is the rank whose call failed.
     """
     if report is None:
         return ()
     if report[0] != on.rank:
         frame = _wait_for(lambda: on.read("culprits")) or b""
         return tuple(r for (r,) in struct.iter_unpack("<I", frame[: len(frame) // 4 * 4]) if r < on.group.size)
-    found = _absent(on) if late else (on.rank,)
+    found = error.culprits or (_absent(on) if _is_silence(error) else (on.rank,))
     on.write("culprits", b"".join(struct.pack("<I", r) for r in found))
     return found
 

@@ -13,7 +13,7 @@ from concurrent.futures import TimeoutError as NotYet
 from torch import Tensor
 
 from fcomm.backends import ccall
-from fcomm.backends.failure import SLICE_S, abort, give_up, look_around, raise_failure
+from fcomm.backends.failure import SLICE_S, abort, give_up, has_closed, look_around, raise_failure
 from fcomm.backends.machine import LOG, Team, current, is_capturing, record
 from fcomm.backends.worker import start_worker, submit_behind
 from fcomm.errors import CollectiveTimeoutError, FcommError
@@ -79,14 +79,7 @@ def _was_taken(on: Team, dst: int, sent: Future[None], deadline: float) -> bool:
                 return True
             if closed or time.monotonic() > deadline:
                 return False
-            closed = on.failure is not None or _has_closed(on, dst)
-
-
-def _has_closed(on: Team, rank: int) -> bool:
-    try:
-        return on.read(f"closing/{rank}") is not None
-    except RuntimeError:
-        return True  # the store has gone, and with it the process that served it
+            closed = on.failure is not None or has_closed(on, dst)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
@@ -151,11 +144,11 @@ def look_at_pending(on: Team) -> None:
         return
     try:
         with current(on.device):
-            for channel in on.channels():
-                if channel.ready:
-                    code = on.poll(library, channel)
-                    ccall.check(library, code, f"{op}, asynchronously,")
-            look_around(on, op, max(deadline, time.monotonic() + 1))
+            ready = [channel for channel in on.channels() if channel.ready]
+            for channel in ready:
+                ccall.check(library, on.poll(library, channel), f"{op}, asynchronously,")
+            needed = {rank for channel in ready for rank in channel.members}
+            look_around(on, op, max(deadline, time.monotonic() + 1), needed)
             if time.monotonic() > deadline:
                 _check_late(on)
     except Exception as error:
