@@ -9,9 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from vendors import ASYNC, DEAF, DELAY, HANG, STATUS, backend, calls, control, module, plant
 
 import fcomm
+from fcomm import processes
+from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
 
 Call = Callable[[fcomm.Group, fcomm.Backend], object]
@@ -295,6 +298,35 @@ def first_rank(world: fcomm.Group, double: str, symbol: str, code: int) -> list[
 @pytest.mark.parametrize(("double", "symbol", "code"), [("nccl", "ncclGetUniqueId", 2), ("hccl", "HcclGetRootInfo", 8)])
 def test_an_id_that_cannot_be_made(double: str, symbol: str, code: int) -> None:
     run_ranks(first_rank, 3, double, symbol, code, timeout_s=60)
+
+
+def loses_its_store(world: fcomm.Group, double: str, with_rank: bool) -> None:
+    """The store ends while rank 1 opens a communicator, and rank 0 with it or not."""
+    if world.rank == 0:
+        return
+
+    class Lost:
+        def check(self, *args: object) -> None:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+        set = add = get = check
+
+    group = fcomm.subgroup(world, range(world.size), name="g", timeout_s=30)
+    live(group).store = Lost()  # type: ignore[assignment]
+    processes.has_ended = lambda who: with_rank and who == live(group).identities[0]
+    lost = r"the group's store is lost \(Connection reset by peer\)"
+    cause = r"rank 0 \(process \d+\) ended" if with_rank else "look at the log of the process that served it"
+    with pytest.raises(fcomm.PeerDiedError, match=rf"all_reduce: on group 'g'.*: {lost}[:;] {cause}") as caught:
+        fcomm.all_reduce(torch.ones(1), group, backend(double))
+    assert caught.value.culprits == ((0,) if with_rank else ())
+    with pytest.raises(fcomm.GroupPoisonedError):
+        fcomm.all_reduce(torch.ones(1), group, backend(double))
+
+
+@pytest.mark.parametrize("with_rank", [True, False])
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_a_store_that_is_lost_while_opening(double: str, with_rank: bool) -> None:
+    run_ranks(loses_its_store, 2, double, with_rank, timeout_s=60)
 
 
 def opened_late(world: fcomm.Group, double: str, symbol: str, abort: str) -> None:

@@ -15,6 +15,8 @@ from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
 from typing import TypeVar
 
+import torch.distributed as dist
+
 from fcomm import processes
 from fcomm.backends import ccall
 from fcomm.backends.ccall import Library
@@ -80,8 +82,19 @@ def _named(on: Team, ranks: Iterable[int]) -> str:
     return ", ".join(f"rank {r} ({processes.process(on.live.identities[r])})" for r in ranks)
 
 
+def _without_store(on: Team, error: dist.DistError) -> PeerDiedError:
+    """The error of a store that does not answer: a rank may have served it."""
+    # The kernel closes a process's sockets a little before it says that the process has ended.
+    gone = _wait_for(lambda: _ended(on) or None) or []
+    cause = f": {_named(on, gone)} ended" if gone else "; look at the log of the process that served it"
+    reason = str(error).partition("\n")[0][:200]
+    return PeerDiedError(f"the group's store is lost ({reason}){cause}", culprits=gone)
+
+
 def give_up(on: Team, op: str, library: Library, error: BaseException) -> BaseException:
     """Tell the other ranks, abort the communicators, remember why; returns the error to raise."""
+    if isinstance(error, dist.DistError):
+        error = _without_store(on, error)
     with on.lock:
         if on.failure is None:
             on.failure = _agreed(on, op, error if isinstance(error, FcommError) else FcommError(_described(error)))
