@@ -13,7 +13,9 @@ from vendors import STATUS, plant
 
 import fcomm
 from fcomm import processes
-from fcomm.backends import later
+from fcomm.backends import later, nccl
+from fcomm.backends.communicator import issue
+from fcomm.backends.rows import HEADER
 from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
 
@@ -119,3 +121,21 @@ def dies(world: fcomm.Group) -> None:
 
 def test_a_kernel_that_waits_for_a_dead_rank_is_ended() -> None:
     run_ranks(dies, 2, timeout_s=60)
+
+
+def is_not_received(world: fcomm.Group) -> None:
+    """Rank 1 takes a message's header, and closes."""
+    group, on = opened(world, timeout_s=20)
+    if world.rank == 0:
+        fcomm.send(torch.ones(2), group, on, dst=1)
+    else:
+        head = torch.empty(HEADER, dtype=torch.int64).view(torch.uint8)
+        TENSORS.append(head)
+        issue(team(group), "recv", lambda c: nccl._recv(c, head, 0), (0, 1))
+    start = time.monotonic()
+    fcomm.close(group)
+    assert time.monotonic() - start < 10, "it waited for a rank that had closed"
+
+
+def test_a_message_that_is_not_received_does_not_hold_the_close() -> None:
+    run_ranks(is_not_received, 2, timeout_s=60)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
+from typing import Any
 
 from torch import Tensor
 
@@ -35,15 +36,16 @@ def send_later(on: Team, x: Tensor, dst: int, call: Callable[[], None]) -> None:
     if dst not in on.senders:
         on.senders[dst] = start_worker()
 
-    def task() -> None:
+    def task() -> Any:
         try:
             call()
         except FcommError:
             on.raised = False  # nobody waits for this thread: the next call on the group raises it
             raise
+        return record(on.device)
 
-    while on.sending and on.sending[0][1].done():
-        on.sending.popleft()[1].result()
+    while on.sending and _is_taken(on.sending[0][1], within_s=0):
+        on.sending.popleft()
     on.sending.append((dst, submit_behind(on.senders[dst], x, task)))
 
 
@@ -67,19 +69,29 @@ def finish_sending(on: Team, deadline: float) -> BaseException | None:
     return problem
 
 
-def _was_taken(on: Team, dst: int, sent: Future[None], deadline: float) -> bool:
+def _was_taken(on: Team, dst: int, sent: Future[Any], deadline: float) -> bool:
     closed = False
-    while True:
-        try:
-            sent.result(_FAREWELL_S if closed else SLICE_S)
-            return True
-        except NotYet:
-            if sent.done():
-                sent.result()  # it ended as the wait did, or with a deadline of its own
-                return True
-            if closed or time.monotonic() > deadline:
-                return False
-            closed = on.failure is not None or has_closed(on, dst)
+    while not _is_taken(sent, _FAREWELL_S if closed else SLICE_S):
+        if closed or time.monotonic() > deadline:
+            return False
+        closed = on.failure is not None or has_closed(on, dst)
+    return True
+
+
+def _is_taken(sent: Future[Any], within_s: float) -> bool:
+    """Whether a send's calls have returned, and the device passes the event behind them, within that time."""
+    until = time.monotonic() + within_s
+    try:
+        event = sent.result(within_s)
+    except NotYet:
+        if not sent.done():
+            return False
+        event = sent.result()  # it ended as the wait did, or with a deadline of its own
+    while event is not None and not event.query():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(1e-3)
+    return True
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class Team:
 
     main: the communicator of all ranks.  edges: one more for each edge that send and recv use, (from, to).
     failure: what ended it; raised: whether a caller has got that error.
-    sending: (destination, send) of what is on its way.
+    sending: (destination, send) of what is on its way; a send's result is the event behind it on the device.
     pending: (event, deadline, collective) of what the device has not finished.
     """
 
@@ -141,7 +141,7 @@ class Team:
     main: Channel
     edges: dict[tuple[int, int], Channel] = field(default_factory=dict)
     senders: dict[int, Worker] = field(default_factory=dict)
-    sending: deque[tuple[int, Future[None]]] = field(default_factory=deque)
+    sending: deque[tuple[int, Future[Any]]] = field(default_factory=deque)
     pending: deque[tuple[Any, float, str]] = field(default_factory=deque)
     failure: FcommError | None = None
     raised: bool = False
