@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -202,6 +204,18 @@ def test_a_version_that_cannot_be_asked_is_refused() -> None:
 def test_each_hccl_symbol_is_found_in_the_part_that_has_it(double: str) -> None:
     lib = hccl.load(build.path(DOUBLES[double]))
     assert set(lib.functions) == set(hccl.SYMBOLS)
+
+
+def test_the_parts_of_hccl_are_found_on_the_system_s_path(tmp_path: Path) -> None:
+    for part in ("libhccl.so", "libhcomm.so"):
+        (tmp_path / part[:-3]).mkdir()
+        shutil.copy(build.path(f"hccl-split/{part}"), tmp_path / part[:-3])
+    alone = tmp_path / "libhccl" / "libhccl.so"
+    with pytest.raises(fcomm.BackendUnavailableError, match=r"no HcclGetRootInfo, .*, or put libhcomm\.so beside it"):
+        hccl.load(alone)
+    code = "from fcomm.backends import hccl; assert set(hccl.load().functions) == set(hccl.SYMBOLS)"
+    found = {"LD_LIBRARY_PATH": f"{alone.parent}:{tmp_path / 'libhcomm'}"}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | found, check=True)
 
 
 def test_the_symbols_that_no_collective_uses_work_too() -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 from fcomm.errors import BackendError, BackendPeerError, BackendTimeoutError, BackendUnavailableError
 
+_OTHER_VERSION = "use another version"
+
 
 @dataclass(frozen=True)
 class Symbol:
@@ -119,10 +121,11 @@ def bind(
     symbols: Mapping[str, Symbol],
     codes: Codes,
     version: Callable[[Mapping[str, Callable[..., Any]]], int],
+    hint: str = _OTHER_VERSION,
 ) -> Library:
     """Look the rows up, each in the first of handles that has it, and give the functions their types.
 
-    version: asks the bound functions for the library's version.
+    version: asks the bound functions for the library's version.  hint: what to do where some are missing.
     Raises BackendUnavailableError naming the required symbols that the library has not.
     """
     functions: dict[str, Callable[..., Any]] = {}
@@ -133,14 +136,21 @@ def bind(
             functions[symbol] = found
     missing = [symbol for symbol, row in symbols.items() if row.required and symbol not in functions]
     if missing:
-        raise BackendUnavailableError(_without(name, path, 0, missing, symbols))
+        raise BackendUnavailableError(_without(name, path, 0, missing, symbols, hint))
     number = version(functions)
     usable = {symbol: function for symbol, function in functions.items() if symbols[symbol].since <= number}
     return Library(name, path, number, codes, symbols, usable)
 
 
-def _without(name: str, path: str, version: int, missing: Sequence[str], symbols: Mapping[str, Symbol]) -> str:
+def _without(
+    name: str,
+    path: str,
+    version: int,
+    missing: Sequence[str],
+    symbols: Mapping[str, Symbol],
+    hint: str = _OTHER_VERSION,
+) -> str:
     since = {s: symbols[s].since for s in missing if symbols[s].since}
     needs = "".join(f"; {s} exists since version {v}" for s, v in since.items())
     of = f" of version {version}" if version else ""
-    return f"{name}: the library{of} at {path} has no {', '.join(missing)}{needs}; use another version"
+    return f"{name}: the library{of} at {path} has no {', '.join(missing)}{needs}; {hint}"

@@ -272,7 +272,8 @@ def load(path: str | os.PathLike[str] | None = None) -> Library:
     Raises BackendUnavailableError if there is none, or it lacks a symbol that every version has.
     """
     handles, found = library.load(SEARCH, path)
-    lib = ccall.bind("hccl", found, handles, SYMBOLS, STATUS, _version)
+    hint = f"use another version, or put {SEARCH.companion} beside it or on the system's library path"
+    lib = ccall.bind("hccl", found, handles, SYMBOLS, STATUS, _version, hint)
     LOG.info("hccl: %s", found)
     return lib
 
@@ -458,7 +459,7 @@ def open(library: str | os.PathLike[str] | None = None, device: str = "npu") -> 
     """A backend on the HCCL at path `library`, or on the one that is found; loaded now.
 
     device: the type of the tensors it takes; "npu" needs torch_npu. "cpu" is for libraries that work on host memory, as
-    the tests' doubles. A libhcomm.so beside the library is loaded with it.
+    the tests' doubles. A libhcomm.so beside the library, or else on the system's library path, is loaded with it.
     Called again with the same arguments it returns the same backend. Every rank passes the same path: it is part of the
     backend's name, by which graphs and ranks know it.
     Raises BackendUnavailableError if there is no such library, or its path is not safe (fcomm/backends/library.py).

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,8 @@ class Search:
     soname: what the system's loader knows it as.  variable: the environment variable that may name its path.
     packages: (package, path inside it) of the vendor's wheels.  directories: of the vendor's own installation, where
     $VARIABLE stands for its value.
-    companion: the soname of a second library that may have some of the symbols; looked for beside the first.
+    companion: the soname of a second library that may have some of the symbols; beside the first, or else where the
+    system's loader finds it.
     hint: how to install it, quoted by the error.
     """
 
@@ -66,13 +68,10 @@ def load(search: Search, argument: str | os.PathLike[str] | None = None) -> tupl
     CDLL, not PyDLL, so that waiting calls let other threads run.
     """
     path = find(search, argument)
-    beside = os.path.join(os.path.dirname(path), search.companion) if search.companion else ""
     try:
-        if os.path.isabs(path) and os.path.isfile(beside):
-            # Before the library, and with its symbols seen by all: the library looks them up by name.
-            other = ctypes.CDLL(check_path(beside, "companion"), mode=ctypes.RTLD_GLOBAL)
-            return [ctypes.CDLL(path), other], path
-        return [ctypes.CDLL(path)], path
+        # Before the library, and with its symbols seen by all: the library looks them up by name.
+        companion = _companion(search, path)
+        return [ctypes.CDLL(path), *companion], path
     except OSError as error:
         looked = [f"{search.variable} (unset)"] if argument is None and search.variable not in os.environ else []
         looked += [f"{package}/{inside}" for package, inside in search.packages] if path == search.soname else []
@@ -80,6 +79,18 @@ def load(search: Search, argument: str | os.PathLike[str] | None = None) -> tupl
         raise BackendUnavailableError(
             f"cannot load {_shown(path)}: {_shown(str(error))}; looked in {', '.join(looked) or path}; {search.hint}"
         ) from error
+
+
+def _companion(search: Search, path: str) -> list[ctypes.CDLL]:
+    """The second library, beside the first or where the system's loader finds it; none where the first has all."""
+    if search.companion is None:
+        return []
+    beside = os.path.join(os.path.dirname(path), search.companion)
+    if os.path.isabs(path) and os.path.isfile(beside):
+        return [ctypes.CDLL(check_path(beside, "companion"), mode=ctypes.RTLD_GLOBAL)]
+    with suppress(OSError):
+        return [ctypes.CDLL(search.companion, mode=ctypes.RTLD_GLOBAL)]
+    return []
 
 
 def check_path(path: str, source: str) -> str:
