@@ -17,7 +17,17 @@ import torch
 from cases import CASES
 from matrix import FIRST
 from torch import Tensor
-from vendors import REAL, all_dtypes, check, every_layout, messages, nan_wins, sized, uneven_sizes_that_differ
+from vendors import (
+    REAL,
+    all_dtypes,
+    bools_of_any_byte,
+    check,
+    every_layout,
+    messages,
+    nan_wins,
+    sized,
+    uneven_sizes_that_differ,
+)
 
 import fcomm
 from fcomm.backends import nccl
@@ -61,7 +71,9 @@ def test_compiled(compiler: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fn", [all_dtypes, nan_wins, every_layout, messages, uneven_sizes_that_differ], ids=lambda fn: fn.__name__
+    "fn",
+    [all_dtypes, bools_of_any_byte, nan_wins, every_layout, messages, uneven_sizes_that_differ],
+    ids=lambda fn: fn.__name__,
 )
 def test_like_the_doubles(fn: Callable[..., Any]) -> None:
     run_ranks(with_default, 2, fn, REAL)

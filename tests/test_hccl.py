@@ -8,6 +8,7 @@ from matrix import FIRST
 from vendors import (
     DOUBLES,
     all_dtypes,
+    bools_of_any_byte,
     called,
     check,
     every_layout,
@@ -68,6 +69,10 @@ def test_every_case_compiled_under_every_transform(tenth: int) -> None:
 
 def test_every_dtype_and_reduction() -> None:
     run_ranks(all_dtypes, 3, DOUBLE)
+
+
+def test_bools_of_any_byte() -> None:
+    run_ranks(bools_of_any_byte, 2, DOUBLE)
 
 
 def test_nan_wins_in_max_though_the_library_drops_it() -> None:

@@ -16,7 +16,7 @@ from cases import CASES
 from doubles import build
 
 import fcomm
-from fcomm.arithmetic import OPS, check_op, fold
+from fcomm.arithmetic import FOLDED_OPS, OPS, check_op, fold
 from fcomm.testing import check_case
 from fcomm.testing.strategies import DTYPES
 
@@ -119,6 +119,26 @@ def all_dtypes(world: fcomm.Group, double: str) -> list[str]:
                 if not torch.equal(y.view(torch.uint8), expected.view(torch.uint8)):
                     failures.append(f"{op} {dtype}: {y} is not {expected}")
     assert right > 200, right
+    return failures
+
+
+def bools_of_any_byte(world: fcomm.Group, double: str) -> list[str]:
+    """torch takes every byte but 0 for True, and a view or a foreign buffer may have any."""
+    on, rank, failures = backend(double), world.rank or 0, []
+    xs = [torch.tensor(row, dtype=torch.uint8).view(torch.bool) for row in ([255, 0, 2, 0], [0, 0, 1, 4])]
+    for op in (op for op in OPS if op != "mean"):
+        want = fold(xs, op)
+        results = {
+            "all_reduce": (fcomm.all_reduce(xs[rank], world, on, op=op), want),
+            "reduce": (fcomm.reduce(xs[rank], world, on, op=op), want if rank == 0 else torch.zeros_like(want)),
+        }
+        if op in FOLDED_OPS:
+            uneven = fcomm.reduce_scatter(xs[rank], world, on, op=op, sizes=[1, 3])
+            results |= {
+                "reduce_scatter": (fcomm.reduce_scatter(xs[rank], world, on, op=op), want.chunk(2)[rank]),
+                "uneven reduce_scatter": (uneven, want.split([1, 3])[rank]),
+            }
+        failures += [f"{op} {name}: {y}" for name, (y, z) in results.items() if y.tolist() != z.tolist()]
     return failures
 
 

@@ -134,6 +134,11 @@ def _native(m: Machine, dtype: torch.dtype, op: str) -> tuple[torch.dtype, str] 
     return m.reductions.get(op, {}).get(dtype)
 
 
+def _summand(wire: torch.dtype, x: Tensor) -> Tensor:
+    """x as the library reduces it: by a bool's bytes, of which torch takes every one but 0 for True."""
+    return _as(wire, x.view(torch.uint8).ne(0) if x.dtype == torch.bool else x)
+
+
 def _divided(y: Tensor, op: str, size: int) -> Tensor:
     if op != "mean":
         return y
@@ -163,7 +168,7 @@ def _all_reduce(m: Machine, x: Tensor, group: Group, *, op: str) -> Tensor:
         return _fold_rows(m, "all_reduce", group, x, lambda blocks: fold(blocks, op))
     wire, wire_op = native
     y = torch.empty_like(x)
-    sent, received = _as(wire, x), _as(wire, y)
+    sent, received = _summand(wire, x), _as(wire, y)
     _call(m, "all_reduce", x, group, lambda c: m.all_reduce(c, sent, received, wire_op))
     return _divided(y, op, group.size)
 
@@ -182,7 +187,7 @@ def _reduce(m: Machine, x: Tensor, group: Group, *, dst: int, op: str) -> Tensor
         return y if root else y.zero_()
     wire, wire_op = native
     y = torch.empty_like(x)
-    sent, received = _as(wire, x), _as(wire, y)
+    sent, received = _summand(wire, x), _as(wire, y)
     _call(m, "reduce", x, group, lambda c: m.reduce(c, sent, received, wire_op, dst))
     return _divided(y, op, group.size) if root else y.zero_()
 
@@ -199,7 +204,7 @@ def _reduce_scatter(
         if native is not None and native[0] not in m.uneven_refuses and packed.numel():
             wire, wire_op = native
             y = x.new_empty(shape)
-            sent, received = _as(wire, packed), _as(wire, y)
+            sent, received = _summand(wire, packed), _as(wire, y)
             counts = [d * sent.numel() // packed.numel() for d in sends]
             _call(m, name, x, group, lambda c: m.reduce_scatter_uneven(c, sent, counts, received, wire_op))
             return _divided(y, op, n)
@@ -212,7 +217,7 @@ def _reduce_scatter(
         return fold(_exchange_rows(m, name, group, rows).unbind(0), op)
     wire, wire_op = native
     y = rows.new_empty(rows.shape[1:])
-    sent, received = _as(wire, rows), _as(wire, y)
+    sent, received = _summand(wire, rows), _as(wire, y)
     _call(m, name, x, group, lambda c: m.reduce_scatter(c, sent, received, wire_op))
     return _divided(y, op, n)
 
