@@ -99,6 +99,9 @@ def failing(
     with pytest.raises(fcomm.GroupPoisonedError, match="unusable since: ") as again:
         call(group, on)
     assert again.value.culprits == error.culprits
+    for collective in (fcomm.all_reduce, fcomm.broadcast):
+        with pytest.raises(fcomm.GroupPoisonedError):
+            collective(torch.ones(0), group, on)
     fcomm.close(group)
     if double == "nccl" and symbol not in OPENING:
         assert control(double).double_aborted() == aborted + 1

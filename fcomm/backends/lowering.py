@@ -95,6 +95,8 @@ def _move(
     if x.numel():
         sent, received = _flat(m, x), _flat(m, y)
         _call(m, name, x, group, lambda c: native(c, sent, received, *rest))
+    else:
+        raise_failure(team(m, group, x.device), name)
     return y
 
 
@@ -162,6 +164,7 @@ def _fold_rows(
 
 def _all_reduce(m: Machine, x: Tensor, group: Group, *, op: str) -> Tensor:
     if not x.numel():
+        raise_failure(team(m, group, x.device), "all_reduce")
         return torch.empty_like(x)
     native = _native(m, x.dtype, op)
     if native is None:
