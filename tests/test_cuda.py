@@ -237,7 +237,8 @@ def every_native(world: fcomm.Group) -> list[str]:
             settle()
             torch.cuda.synchronize()
             failures += [] if torch.equal(x, y) else [f"{name}, {how}: {y}"]
-    nccl._finish(lib, handle, settle)
+    nccl._finalize(lib, handle, settle)
+    nccl._destroy(lib, handle)
     return failures
 
 
