@@ -14,6 +14,8 @@ from vendors import ASYNC, DEAF, DELAY, HANG, STATUS, backend, calls, control, m
 
 import fcomm
 from fcomm import processes
+from fcomm.backends.communicator import issue
+from fcomm.backends.machine import Comm
 from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
 
@@ -285,6 +287,23 @@ def at_the_end(world: fcomm.Group, double: str, symbols: list[str], code: int) -
 )
 def test_a_status_at_the_end(double: str, symbols: list[str], code: int) -> None:
     run_ranks(at_the_end, 2, double, symbols, code, timeout_s=60)
+
+
+def interrupted(world: fcomm.Group, double: str) -> None:
+    def interrupt(comm: Comm) -> None:
+        raise KeyboardInterrupt
+
+    fcomm.all_reduce(torch.ones(1), world, backend(double))
+    ((on, _),) = live(world)._communicators.values()
+    with pytest.raises(KeyboardInterrupt):
+        issue(on, "all_reduce", interrupt)
+    with pytest.raises(fcomm.GroupPoisonedError, match=r"unusable since: .*KeyboardInterrupt"):
+        fcomm.all_reduce(torch.ones(1), world, backend(double))
+    fcomm.close(world)
+
+
+def test_closing_does_not_raise_again_what_interrupted_a_call() -> None:
+    run_ranks(interrupted, 2, "nccl", timeout_s=60)
 
 
 def first_rank(world: fcomm.Group, double: str, symbol: str, code: int) -> list[str]:

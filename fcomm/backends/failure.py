@@ -92,13 +92,13 @@ def _without_store(on: Team, error: dist.DistError) -> PeerDiedError:
 
 
 def give_up(on: Team, op: str, library: Library, error: BaseException) -> BaseException:
-    """Tell the other ranks, abort the communicators, remember why; returns the error to raise."""
+    """Tell the other ranks, abort the communicators, remember why; returns the error, which the caller raises."""
     if isinstance(error, dist.DistError):
         error = _without_store(on, error)
     with on.lock:
         if on.failure is None:
             on.failure = _agreed(on, op, error if isinstance(error, FcommError) else FcommError(_described(error)))
-            on.raised = isinstance(error, FcommError)
+            on.raised = True
             for channel in on.channels():
                 abort(on, library, channel)
         return on.failure if isinstance(error, FcommError) else error

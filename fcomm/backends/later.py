@@ -39,7 +39,7 @@ def send_later(on: Team, x: Tensor, dst: int, call: Callable[[], None]) -> None:
     def task() -> Any:
         try:
             call()
-        except FcommError:
+        except Exception:
             on.raised = False  # nobody waits for this thread: the next call on the group raises it
             raise
         return record(on.device)
@@ -62,7 +62,7 @@ def finish_sending(on: Team, deadline: float) -> BaseException | None:
                 LOG.warning("%s: a message to rank %d was not received", on.where("send"), dst)
                 abort(on, on.machine.load(), on.edges[on.rank, dst])
                 on.sending = deque((to, other) for to, other in on.sending if to != dst)
-        except FcommError as error:
+        except Exception as error:
             problem = problem or error
     for worker in on.senders.values():
         worker.stop()
