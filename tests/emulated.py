@@ -19,7 +19,7 @@ from vendors import backend, control
 
 import fcomm
 from fcomm.backends import communicator, lowering
-from fcomm.backends.machine import Team
+from fcomm.backends.machine import Team, synchronize
 from fcomm.rendezvous import live
 
 DEVICE = torch.device("cuda", 0)
@@ -33,6 +33,7 @@ def emulate(double: str) -> fcomm.Backend:
     patched.get_device_module = lambda device=None: module if device == DEVICE else get_module(device)
     patched.zeros = lambda *size, device=None, **kw: zeros(*size, device=None if device == DEVICE else device, **kw)
     lowering.team = lambda machine, group, _: communicator.team(machine, group, DEVICE)
+    lowering.synchronize = lambda _: synchronize(DEVICE)
     return backend(double)
 
 

@@ -139,3 +139,15 @@ def is_not_received(world: fcomm.Group) -> None:
 
 def test_a_message_that_is_not_received_does_not_hold_the_close() -> None:
     run_ranks(is_not_received, 2, timeout_s=60)
+
+
+def comes_alone(world: fcomm.Group) -> None:
+    group, on = opened(world, timeout_s=1.5)
+    if world.rank == 1:
+        wait_for_failure(group)
+    with pytest.raises(fcomm.CollectiveTimeoutError, match="barrier passed its deadline"):
+        fcomm.barrier(group, on)
+
+
+def test_a_barrier_that_the_deadline_ends_raises() -> None:
+    run_ranks(comes_alone, 2, timeout_s=60)

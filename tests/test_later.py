@@ -80,7 +80,7 @@ def test_the_watch_goes_on_past_a_group_that_opens_and_one_that_breaks(monkeypat
         looked.release()
 
     monkeypatch.setattr(later, "look_around", look_around)
-    monkeypatch.setattr(later, "give_up", lambda on, op, library, error: gave_up.append((on, str(error))))
+    monkeypatch.setattr(later, "give_up", lambda on, op, library, error, raised: gave_up.append((on, str(error))))
     with opens.main.lock:  # as a call that waits for the other ranks
         for on in (opens, breaks, last):
             later.watch(on, "all_reduce", 0.0)

@@ -91,14 +91,17 @@ def _without_store(on: Team, error: dist.DistError) -> PeerDiedError:
     return PeerDiedError(f"the group's store is lost ({reason}){cause}", culprits=gone)
 
 
-def give_up(on: Team, op: str, library: Library, error: BaseException) -> BaseException:
-    """Tell the other ranks, abort the communicators, remember why; returns the error, which the caller raises."""
+def give_up(on: Team, op: str, library: Library, error: BaseException, *, raised: bool = True) -> BaseException:
+    """Tell the other ranks, abort the communicators, remember why; returns the error.
+
+    raised: the caller raises it; if not, the next call on the group or its close does.
+    """
     if isinstance(error, dist.DistError):
         error = _without_store(on, error)
     with on.lock:
         if on.failure is None:
             on.failure = _agreed(on, op, error if isinstance(error, FcommError) else FcommError(_described(error)))
-            on.raised = True
+            on.raised = raised
             for channel in on.channels():
                 abort(on, library, channel)
         return on.failure if isinstance(error, FcommError) else error

@@ -164,8 +164,7 @@ def look_at_pending(on: Team) -> None:
             if time.monotonic() > deadline:
                 _check_late(on)
     except Exception as error:
-        give_up(on, op, library, error)
-        on.raised = False  # the next call on the group raises it
+        give_up(on, op, library, error, raised=False)
     finally:
         on.main.lock.release()
 

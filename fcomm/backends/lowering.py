@@ -116,6 +116,7 @@ def _said(m: Machine, name: str, group: Group, x: Tensor, sizes: Sequence[int]) 
         return None
     mine = torch.tensor(list(sizes), dtype=torch.int64, device=x.device)
     said: list[list[int]] = _gather_rows(m, name, group, mine).tolist()
+    raise_failure(team(m, group, x.device), name)  # which may have ended the kernel, and left anything there
     return said
 
 
@@ -321,6 +322,7 @@ def _recv(m: Machine, after: Tensor, like: Tensor, group: Group, *, src: int, de
     head = torch.empty(HEADER, dtype=torch.int64, device=like.device)
     issue(on, "recv", lambda c: m.recv(c, _as(torch.uint8, head), 0), edge)
     said = head.tolist()
+    raise_failure(on, "recv")  # which may have ended the kernel, and left head as it was
     y = torch.empty_like(like)
     error = misfit(group, src, said, like, derivative)
     # What does not fit is taken off the edge, or the sender would wait for it to be.
@@ -333,9 +335,10 @@ def _recv(m: Machine, after: Tensor, like: Tensor, group: Group, *, src: int, de
 
 
 def _barrier(m: Machine, x: Tensor, group: Group) -> Tensor:
-    flags = torch.zeros(2, device=x.device)
-    _call(m, "barrier", x, group, lambda c: m.barrier(c, flags))
+    on, flags = team(m, group, x.device), torch.zeros(2, device=x.device)
+    issue(on, "barrier", lambda c: m.barrier(c, flags))
     synchronize(x.device)
+    raise_failure(on, "barrier")  # which may have ended the kernel
     return x.clone()
 
 
