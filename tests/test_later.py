@@ -15,8 +15,8 @@ import torch
 
 import fcomm
 from fcomm.backends import later
-from fcomm.backends.worker import start_worker
 from fcomm.backends.machine import Channel, Team
+from fcomm.backends.worker import start_worker
 
 
 def test_a_send_that_ends_just_after_the_wait_for_it_was_taken() -> None:
