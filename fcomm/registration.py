@@ -254,13 +254,14 @@ def _call_again(record: Record, group: Group, backend: Backend, params: Sequence
 
 
 def _is_watched() -> bool:
-    """Whether a transform, a mode or a profiler wants to see an eager call, whatever its tensors are."""
+    """Whether a transform, a mode, a profiler or a tracer wants to see an eager call, whatever its tensors are."""
     return (
         _C._are_functorch_transforms_active()
         or _C._len_torch_dispatch_stack() > 0
         or _C._len_torch_function_stack() > 0
         or fwd._current_level >= 0
         or _C._autograd._profiler_enabled()
+        or _C._is_tracing()  # torch.jit.is_tracing(), at a third of the time
     )
 
 
@@ -272,7 +273,11 @@ def _is_plain(x: Any) -> TypeGuard[Tensor]:
 def _is_wrapped(x: Tensor) -> bool:
     """Whether x is a tensor of a transform that may be over; its type does not tell."""
     # autograd.grad(is_grads_batched=True) runs backward on the batches of torch's first vmap, not functorch's.
-    return _C._functorch.is_functorch_wrapped_tensor(x) or _C._functorch.is_legacy_batchedtensor(x)
+    return (
+        _C._functorch.is_functorch_wrapped_tensor(x)
+        or _C._functorch.is_legacy_batchedtensor(x)
+        or torch._is_functional_tensor(x)
+    )
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)

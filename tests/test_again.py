@@ -149,6 +149,10 @@ def check_watched(world: fcomm.Group) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call(x)
     expect("the profiler", any(event.key == "fcomm::all_reduce" for event in profile.key_averages()))
+    traced = torch.jit.trace(lambda x: call(2 * x), (x,), check_trace=False)
+    expect("torch.jit.trace", torch.equal(traced(10 * x), 20 * total))
+    y = call(torch._to_functional_tensor(x))
+    expect("a functional tensor", torch.equal(torch._from_functional_tensor(y), total))
     return failures
 
 
