@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+import io
 import multiprocessing as mp
 import os
 import pickle
@@ -94,12 +96,32 @@ def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     if getattr(fn, "__module__", None) == "__main__" and not os.path.isfile(getattr(main, "__file__", None) or ""):
         raise ArgumentError(f"run: {name} is not in a file, where the ranks could import it; put it into a module")
     try:
-        return pickle.dumps((fn, args))
+        return _dumps((fn, args))
     except Exception as error:
         raise ArgumentError(
             f"run: {name} or its arguments cannot be pickled ({error}); "
             "pass a function defined at the top of a module, and what it closes over as arguments"
         ) from error
+
+
+def _dumps(value: Any) -> bytes:
+    """value as bytes; tensors by value: torch's own pickler for processes shares storages, which die with it."""
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer)
+    pickler.dispatch_table = copyreg.dispatch_table | {torch.UntypedStorage: _reduce_storage}
+    pickler.dump(value)
+    return buffer.getvalue()
+
+
+def _reduce_storage(storage: torch.UntypedStorage) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+    # That of a tensor of a newer dtype (uint16, float8). torch fails to pickle it, but saves it.
+    buffer = io.BytesIO()
+    torch.save(storage, buffer)
+    return _load_storage, (buffer.getvalue(),)
+
+
+def _load_storage(saved: bytes) -> torch.UntypedStorage:
+    return torch.load(io.BytesIO(saved))  # type: ignore[no-any-return]
 
 
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -128,8 +150,7 @@ def _rank_main(call: bytes, environment: dict[str, str], timeout_s: float, pipe:
         world = init(timeout_s=0.75 * timeout_s)
         result = fn(world, *args)
         close()
-        # By value: torch's own pickler for processes shares storages, which die with this one.
-        message = pickle.dumps((True, result))
+        message = _dumps((True, result))
     except BaseException as error:
         summary = f"{type(error).__name__}: {error}"
         message = pickle.dumps((False, _Failure(type(error).__name__, summary, traceback.format_exc())))

@@ -42,6 +42,18 @@ def test_nested_results_in_rank_order_and_arguments_by_value() -> None:
     assert x.tolist() == [0, 0, 0]
 
 
+def echoed(world: Group, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return xs
+
+
+def test_tensors_of_dtypes_that_pickle_fails_on_in_torch() -> None:
+    xs = [torch.arange(8).to(dtype) for dtype in (torch.uint16, torch.uint32, torch.uint64, torch.float8_e5m2)]
+    xs = [*xs, xs[0][::2], xs[1].reshape(2, 4).T]
+    for result in fcomm.run(echoed, 2, xs):
+        assert [y.dtype for y in result] == [x.dtype for x in xs]
+        assert [y.tolist() for y in result] == [x.tolist() for x in xs]
+
+
 def variable(world: Group, name: str) -> tuple[str | None, int, str]:
     return os.environ.get(name), torch.get_num_threads(), os.environ["LOCAL_RANK"]
 
