@@ -533,3 +533,29 @@ def test_pytorch_177371_uneven_all_to_all_simulated() -> None:
     for r in range(3):
         expected = torch.cat([row[r] for row in rows])
         close(got[r][: len(expected)], expected)
+
+
+EMPTY: dict[str, Callable[[Tensor], Tensor]] = {
+    "all_gather": lambda x: fcomm.all_gather(x, *SIM),
+    "all_gather uneven": lambda x: fcomm.all_gather(x, *SIM, sizes=[0, 0, 0]),
+    "all_gather_invariant": lambda x: fcomm.all_gather_invariant(x, *SIM),
+    "all_to_all": lambda x: fcomm.all_to_all(x, *SIM),
+    "all_to_all uneven": lambda x: fcomm.all_to_all(x, *SIM, send_sizes=[[0] * 3] * 3),
+    "gather": lambda x: fcomm.gather(x, *SIM),
+    "reduce_scatter of uneven blocks": lambda x: fcomm.reduce_scatter(x, *SIM, op="max", sizes=[0, 0, 0]),
+    "all_reduce_coalesced": lambda x: fcomm.all_reduce_coalesced([x, torch.ones(2)], *SIM)[0],
+    "all_gather_coalesced": lambda x: fcomm.all_gather_coalesced([x], *SIM)[0],
+    "reduce_scatter_coalesced": lambda x: fcomm.reduce_scatter_coalesced([x], *SIM)[0],
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+def test_vmap_of_cat_over_the_last_dim_of_empty_tensors(name: str, shape: tuple[int, ...]) -> None:
+    # torch: vmap(lambda x: torch.cat([x]), in_dims=-1, out_dims=-1)(torch.zeros(0, 2)) has shape (34359738369, 0)
+    if name.endswith(("uneven", "blocks")) and shape[0]:
+        return
+    x, f = torch.zeros(3, *shape, 2), EMPTY[name]
+    expected = torch.stack([on_axis(f, example) for example in x.unbind(-1)], -1)
+    close(vmap(lambda x: on_axis(f, x), in_dims=-1, out_dims=-1)(x), expected)
+    close(on_axis(vmap(f, in_dims=-1, out_dims=-1), x), expected)

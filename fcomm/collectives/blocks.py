@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fcomm.arithmetic import FOLDED_OPS, LINEAR_OPS, fold
 from fcomm.collectives import checks
-from fcomm.collectives.exchange import all_to_all, pad_end
+from fcomm.collectives.exchange import all_to_all, concat, pad_end
 from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, check_call, define
@@ -48,7 +48,7 @@ def all_gather(
 def _all_gather_spec(xs: list[Tensor], dim: int, tiled: bool, sizes: Sequence[int] | None) -> list[Tensor]:
     if sizes is not None:
         xs = [x.narrow(dim, 0, d) for x, d in zip(xs, sizes, strict=True)]
-    return [torch.cat(xs, dim) if tiled else torch.stack(xs, dim)] * len(xs)
+    return [concat(xs, dim) if tiled else torch.stack(xs, dim)] * len(xs)
 
 
 def _all_gather_shape(
@@ -128,7 +128,7 @@ def _fold_of_exchanged_blocks(
 ) -> Tensor:
     check_call("reduce_scatter", (x,), group, backend)
     if sizes is not None:
-        x = torch.cat([pad_end(block, dim, max(sizes)) for block in x.split(sizes, dim)], dim)
+        x = concat([pad_end(block, dim, max(sizes)) for block in x.split(sizes, dim)], dim)
     blocks = x.unflatten(dim, (group.size, x.shape[dim] // group.size)) if tiled else x
     blocks = all_to_all(blocks, group, backend, split_dim=dim, concat_dim=dim, tiled=False)
     y = fold(blocks.unbind(dim), op)

@@ -28,7 +28,7 @@ def all_reduce_coalesced(xs: Iterable[Tensor], group: Group, backend: Backend, *
     def communicate(flat: Tensor) -> Tensor:
         return all_reduce(flat, group, backend, op=op)
 
-    return _by_dtype(xs, [x.reshape(-1) for x in xs], communicate, [x.shape for x in xs])
+    return _by_dtype(xs, [x.reshape(-1, 1) for x in xs], communicate, [x.shape for x in xs])
 
 
 def all_gather_coalesced(xs: Iterable[Tensor], group: Group, backend: Backend, *, dim: int = 0) -> list[Tensor]:
@@ -39,7 +39,7 @@ def all_gather_coalesced(xs: Iterable[Tensor], group: Group, backend: Backend, *
     def communicate(flat: Tensor) -> Tensor:
         return all_gather(flat, group, backend, tiled=False)
 
-    stacks = _by_dtype(xs, [x.reshape(-1) for x in xs], communicate, [(group.size, *x.shape) for x in xs])
+    stacks = _by_dtype(xs, [x.reshape(-1, 1) for x in xs], communicate, [(group.size, *x.shape) for x in xs])
     return [y.movedim(0, d).flatten(d, d + 1).contiguous() for y, d in zip(stacks, dims, strict=True)]
 
 
@@ -58,7 +58,7 @@ def reduce_scatter_coalesced(
     def communicate(rows: Tensor) -> Tensor:
         return reduce_scatter(rows, group, backend, dim=0, op=op, tiled=False)
 
-    return _by_dtype(xs, [b.flatten(1) for b in blocks], communicate, [b.shape[1:] for b in blocks])
+    return _by_dtype(xs, [b.reshape(group.size, -1, 1) for b in blocks], communicate, [b.shape[1:] for b in blocks])
 
 
 def _list(name: str, xs: Iterable[Tensor], group: Group, backend: Backend) -> list[Tensor]:
@@ -84,13 +84,16 @@ def _by_dtype(
     communicate: Callable[[Tensor], Tensor],
     shapes: Sequence[Sequence[int]],
 ) -> list[Tensor]:
-    """Concatenate the flats of one dtype on their last dim, communicate, cut at the same places, shape each."""
+    """Concatenate the flats of one dtype, communicate, cut at the same places, shape each.
+
+    A flat is a column, [.., length, 1]: vmap of torch.cat forgets the batch of empty vectors.
+    """
     ys: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(x.dtype for x in xs):
         places = [i for i, x in enumerate(xs) if x.dtype == dtype]
-        lengths = [flats[i].shape[-1] for i in places]
-        result = communicate(torch.cat([flats[i] for i in places], -1))
+        lengths = [flats[i].shape[-2] for i in places]
+        result = communicate(torch.cat([flats[i] for i in places], -2))
         # Not split: torch refuses to let the caller write into one of several views.
         for i, end, length in zip(places, accumulate(lengths), lengths, strict=True):
-            ys[i] = result.narrow(-1, end - length, length).reshape(shapes[i])
+            ys[i] = result.narrow(-2, end - length, length).reshape(shapes[i])
     return [ys[i] for i in range(len(xs))]

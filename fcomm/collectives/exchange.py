@@ -114,15 +114,22 @@ def _all_to_all_spec(
         return [torch.stack([x.select(split_dim, r) for x in xs], concat_dim) for r in range(n)]
     if send_sizes is None or recv_sizes is None:
         blocks = [x.chunk(n, split_dim) if x.shape[split_dim] else [x] * n for x in xs]
-        return [torch.cat([row[r] for row in blocks], concat_dim) for r in range(n)]
+        return [concat([row[r] for row in blocks], concat_dim) for r in range(n)]
     if split_dim == concat_dim:
         rows = [send_sizes[r * n : r * n + n] for r in range(n)] if n > 1 else [send_sizes]
         blocks = [x.narrow(split_dim, 0, sum(row)).split(list(row), split_dim) for x, row in zip(xs, rows, strict=True)]
     else:
         xs = [x.narrow(concat_dim, 0, d) for x, d in zip(xs, recv_sizes, strict=True)]
         blocks = [x.split(list(send_sizes), split_dim) for x in xs]
-    ys = [torch.cat([row[r] for row in blocks], concat_dim) for r in range(n)]
+    ys = [concat([row[r] for row in blocks], concat_dim) for r in range(n)]
     return [pad_end(y, split_dim, max(y.shape[split_dim] for y in ys)) for y in ys]
+
+
+def concat(xs: list[Tensor], dim: int) -> Tensor:
+    """torch.cat; of vectors as columns, since vmap of torch.cat forgets the batch of empty vectors."""
+    if xs[0].dim() > 1:
+        return torch.cat(xs, dim)
+    return torch.cat([x.unsqueeze(1) for x in xs]).squeeze(1)
 
 
 def pad_end(x: Tensor, dim: int, length: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fcomm.arithmetic import LINEAR_OPS, fold
 from fcomm.collectives import checks
 from fcomm.collectives.blocks import own_block
+from fcomm.collectives.exchange import concat
 from fcomm.collectives.reductions import extremum_share, other_ranks_product
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, define
@@ -109,7 +110,7 @@ define(
     "gather",
     schema="int dst, int dim",
     dims=("dim",),
-    spec=lambda xs, dst, dim: _on_root(torch.cat(xs, dim), dst, len(xs)),
+    spec=lambda xs, dst, dim: _on_root(concat(xs, dim), dst, len(xs)),
     shape=lambda s, group, dst, dim: (*s[:dim], s[dim] * group.size, *s[dim + 1 :]),
     vjp=lambda ct, group, backend, dst, dim: scatter(ct, group, backend, src=dst, dim=dim),
     busbw=lambda n: (n - 1) / n,

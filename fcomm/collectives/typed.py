@@ -20,6 +20,7 @@ from torch import Tensor
 from fcomm.arithmetic import LINEAR_OPS, fold
 from fcomm.collectives import checks
 from fcomm.collectives.blocks import all_gather, own_block
+from fcomm.collectives.exchange import concat
 from fcomm.collectives.reductions import all_reduce
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, define
@@ -97,7 +98,7 @@ define(
     "all_gather_invariant",
     schema="int dim",
     dims=("dim",),
-    spec=lambda xs, dim: [torch.cat(xs, dim)] * len(xs),
+    spec=lambda xs, dim: [concat(xs, dim)] * len(xs),
     shape=lambda s, group, dim: (*s[:dim], s[dim] * group.size, *s[dim + 1 :]),
     vjp=lambda ct, group, backend, dim: shard(ct, group, backend, dim=dim),
     replicated=("y",),
