@@ -212,6 +212,43 @@ def test_every_other_dtype_moves_on_a_simulated_axis() -> None:
             assert torch.equal(raw(y), expected[what]), (what, dtype)
 
 
+PLACES = (torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64)
+OPERANDS = torch.arange(600.0).reshape(2, 300)
+
+
+def routed(x: Tensor, group: Group, on: fcomm.Backend) -> Tensor:
+    """Rows 200 r to 200 r + 99 of both ranks' x at rank r, by places of each dtype: 200 + 100 is no uint8."""
+    starts, sizes = torch.tensor([0, 200]), torch.tensor([100, 100])
+    lands = (200 * fcomm.axis_index(group, on)).expand(2)
+    output = torch.full_like(x, -1)
+    ys = []
+    for dtype in PLACES:
+        places = (v.to(dtype) for v in (starts, sizes, lands, sizes))
+        ys.append(fcomm.ragged_all_to_all(x, output, *places, group, on))
+    return torch.stack(ys)
+
+
+def expected_of_routed(rank: int) -> Tensor:
+    rows = OPERANDS[:, 200 * rank : 200 * rank + 100]
+    return torch.cat([rows[0], torch.full((100,), -1.0), rows[1]]).expand(len(PLACES), 300)
+
+
+def routed_in_processes(world: Group) -> list[str]:
+    rank = world.rank or 0
+    return [
+        f"on {on.name}"
+        for on in (fcomm.cpu, fcomm.c10d)
+        if not torch.equal(routed(OPERANDS[rank], world, on), expected_of_routed(rank))
+    ]
+
+
+def test_places_of_ragged_rows_are_integers_of_any_dtype() -> None:
+    axis = fcomm.axis("i", 2)
+    got = fcomm.simulate(lambda x: routed(x, axis, fcomm.sim), axis)(OPERANDS)
+    assert torch.equal(got, torch.stack([expected_of_routed(rank) for rank in range(2)]))
+    run_ranks(routed_in_processes, 2)
+
+
 REDUCTIONS: dict[str, Any] = {
     "all_reduce": fcomm.all_reduce,
     "all_reduce_invariant": fcomm.all_reduce_invariant,

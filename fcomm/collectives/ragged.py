@@ -40,7 +40,10 @@ def ragged_all_to_all(
     Raises FcommError if the shapes or dtypes do not fit, a slice leaves its tensor, or (MismatchError) send_sizes and
     recv_sizes of two ranks differ.
     """
-    _check(operand, output, (input_offsets, send_sizes, output_offsets, recv_sizes), group, backend)
+    places = input_offsets, send_sizes, output_offsets, recv_sizes
+    _check(operand, output, places, group, backend)
+    # The sum of an offset and a size may be none of their dtype, and torch does not add uint16 to int64.
+    input_offsets, send_sizes, output_offsets, recv_sizes = (v.to(torch.int64) for v in places)
     # Where each rank's rows land here: known at the senders, needed here.
     landing = all_to_all(output_offsets, group, backend)
     received = _inside(landing, recv_sizes, output.shape[0]).any(0)
