@@ -132,4 +132,6 @@ def product_of_others(rows: Tensor, own: Tensor, dim: int = 0) -> Tensor:
 
     rows: [.., n, ..] at dim; own broadcasts against it. The quotient prod / x would be 0/0 where x is 0.
     """
-    return torch.where(own, torch.ones((), dtype=rows.dtype, device=rows.device), rows).prod(dim)
+    others = torch.where(own, torch.ones((), dtype=rows.dtype, device=rows.device), rows)
+    # Under autocast torch's product of a half type stays in float32.
+    return others.prod(dim).to(rows.dtype)

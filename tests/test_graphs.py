@@ -369,3 +369,21 @@ def test_autocast_leaves_the_dtype_that_arrives(compiled: bool) -> None:
     plain, cast = f(x)
     assert (plain.dtype, cast.dtype) == (torch.float32, torch.bfloat16)
     assert plain.tolist() == cast.tolist() == (2 * x).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case_id", [case.id for case in CASES.values() if case.dtype == torch.float64])
+def test_autocast_leaves_the_dtype_of_derivatives(case_id: str, dtype: torch.dtype) -> None:
+    case, group = CASES[case_id], fcomm.axis("ranks", 2)
+
+    def fn(x: Tensor, *aux: Tensor) -> tuple[Tensor, ...]:
+        def call(x: Tensor) -> Tensor:
+            return case.call(x, *aux, group=group, backend=fcomm.sim)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            y, tangent = jvp(call, (x,), (x,))
+            return y, tangent, vjp(call, x)[1](y)[0]
+
+    x = torch.ones(2, *case.shape(2), dtype=dtype)
+    results = fcomm.simulate(fn, group)(x, *(case.aux(2) if case.aux else ()))
+    assert [v.dtype for v in results] == [dtype] * 3
