@@ -76,7 +76,7 @@ def fold(xs: Sequence[Tensor], op: str) -> Tensor:
     if op in ("max", "min") and dtype.is_floating_point:
         return _extremum(torch.stack(list(xs)), op)
     total = reduce(_FOLD[op], xs) if len(xs) > 1 else xs[0].clone()
-    return _divide(total, len(xs)) if op == "mean" else total
+    return divide(total, len(xs)) if op == "mean" else total
 
 
 def _extremum(rows: Tensor, op: str) -> Tensor:
@@ -93,7 +93,10 @@ def _extremum(rows: Tensor, op: str) -> Tensor:
     return torch.where(nan.any(0), mean, extremum)
 
 
-def _divide(total: Tensor, size: int) -> Tensor:
+def divide(total: Tensor, size: int) -> Tensor:
+    """total / size; of integers toward zero, of float8, which torch does not divide, by way of float32."""
+    if total.dtype in FLOAT8:
+        return divide(total.to(torch.float32), size).to(total.dtype)
     if total.dtype.is_floating_point or total.dtype.is_complex:
         return total / size
     return torch.div(total, size, rounding_mode="trunc")
@@ -123,8 +126,8 @@ def _unsigned_quotient(x: Tensor, divisor: int) -> Tensor:
 
 
 def ties(x: Tensor, y: Tensor) -> Tensor:
-    """1 where x attains the extremum y, else 0, in x's dtype. NaN attains NaN."""
-    return ((x == y) | (x.isnan() & y.isnan())).to(x.dtype)
+    """1 where x attains the extremum y, else 0, in x's dtype, of float8 in float32. NaN attains NaN."""
+    return ((x == y) | (x.isnan() & y.isnan())).to(torch.float32 if x.dtype in FLOAT8 else x.dtype)
 
 
 def product_of_others(rows: Tensor, own: Tensor, dim: int = 0) -> Tensor:
@@ -133,5 +136,7 @@ def product_of_others(rows: Tensor, own: Tensor, dim: int = 0) -> Tensor:
     rows: [.., n, ..] at dim; own broadcasts against it. The quotient prod / x would be 0/0 where x is 0.
     """
     others = torch.where(own, torch.ones((), dtype=rows.dtype, device=rows.device), rows)
+    if rows.dtype in FLOAT8:  # of which torch has no product
+        others = others.to(torch.float32)
     # Under autocast torch's product of a half type stays in float32.
     return others.prod(dim).to(rows.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import fcomm
 from fcomm import Group
-from fcomm.arithmetic import OPS, fold
+from fcomm.arithmetic import FLOAT8, OPS, fold
 from fcomm.dtypes import CODES, REDUCED
 from fcomm.testing import run_ranks
 from fcomm.testing.strategies import DTYPES
@@ -210,6 +211,51 @@ def test_every_other_dtype_moves_on_a_simulated_axis() -> None:
         for what, y in results.items():
             assert y.dtype == dtype, what
             assert torch.equal(raw(y), expected[what]), (what, dtype)
+
+
+DERIVED = {
+    **{f"all_reduce {op}": partial(fcomm.all_reduce, op=op) for op in ("sum", "mean", "max", "min", "prod")},
+    **{f"reduce {op}": partial(fcomm.reduce, op=op, dst=1) for op in ("sum", "mean", "max", "min", "prod")},
+    **{f"reduce_scatter {op}": partial(fcomm.reduce_scatter, op=op) for op in ("sum", "mean", "max", "min", "prod")},
+    "all_reduce_invariant mean": partial(fcomm.all_reduce_invariant, op="mean"),
+    "scan": fcomm.scan,
+}
+# All results are numbers of float8.
+EIGHTHS = torch.tensor([[1.0, 2.0, 0.0, -4.0, 0.5, 1.0], [2.0, 2.0, 4.0, -4.0, 0.0, -1.0]])
+
+
+def derivatives(x: Tensor, group: Group, on: fcomm.Backend) -> dict[str, Tensor]:
+    results = {}
+    for name, collective in DERIVED.items():
+        y, pull = torch.func.vjp(lambda x, call=collective: call(x, group, on), x)
+        results[f"vjp of {name}"] = pull(torch.ones(y.shape).to(y.dtype))[0]
+        results[f"jvp of {name}"] = torch.func.jvp(lambda x, call=collective: call(x, group, on), (x,), (x,))[1]
+    return results
+
+
+def differ(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
+    return [
+        f"{name} in {dtype}: {got[name]} is not {y}"
+        for name, y in expected.items()
+        if got[name].dtype != dtype or not torch.equal(got[name].float(), y)
+    ]
+
+
+def derived(world: Group) -> list[str]:
+    x, failures = EIGHTHS[world.rank or 0], []
+    for on in (fcomm.cpu, fcomm.c10d):
+        expected = derivatives(x, world, on)
+        for dtype in FLOAT8:
+            failures += differ(derivatives(x.to(dtype), world, on), expected, dtype)
+    return failures
+
+
+def test_derivatives_in_float8_are_those_in_float32() -> None:
+    axis = fcomm.axis("i", 2)
+    on_axis = fcomm.simulate(lambda x: derivatives(x, axis, fcomm.sim), axis)
+    for dtype in FLOAT8:
+        assert not differ(on_axis(EIGHTHS.to(dtype)), on_axis(EIGHTHS), dtype)
+    run_ranks(derived, 2)
 
 
 PLACES = (torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64)

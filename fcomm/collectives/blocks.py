@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fcomm.arithmetic import FOLDED_OPS, LINEAR_OPS, fold
+from fcomm.arithmetic import FOLDED_OPS, LINEAR_OPS, divide, fold
 from fcomm.collectives import checks
 from fcomm.collectives.exchange import all_to_all, concat, pad_end
 from fcomm.errors import ArgumentError
@@ -158,7 +158,7 @@ def _reduce_scatter_vjp(
     ct: Tensor, group: Group, backend: Backend, dim: int, op: str, tiled: bool, sizes: Sequence[int] | None
 ) -> Tensor:
     whole = all_gather(ct, group, backend, dim=dim, tiled=tiled, sizes=sizes)
-    return whole / group.size if op == "mean" else whole
+    return divide(whole, group.size) if op == "mean" else whole
 
 
 define(

@@ -37,7 +37,7 @@ def all_reduce(x: Tensor, group: Group, backend: Backend, *, op: str = "sum") ->
 def extremum_share(x: Tensor, y: Tensor, group: Group, backend: Backend) -> Tensor:
     """This rank's share of the cotangent of y = max or min over the group: 1 / (number of ranks attaining it), or 0."""
     attained = ties(x.detach(), y.detach())
-    return attained / all_reduce(attained, group, backend)
+    return (attained / all_reduce(attained, group, backend)).to(x.dtype)
 
 
 def other_ranks_product(x: Tensor, group: Group, backend: Backend) -> Tensor:

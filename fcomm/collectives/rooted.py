@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcomm.arithmetic import LINEAR_OPS, fold
+from fcomm.arithmetic import LINEAR_OPS, divide, fold
 from fcomm.collectives import checks
 from fcomm.collectives.blocks import own_block
 from fcomm.collectives.exchange import concat
@@ -70,7 +70,7 @@ def _weight(x: Tensor, y: Tensor, group: Group, backend: Backend, dst: int, op: 
 def _reduce_vjp(ct: Tensor, group: Group, backend: Backend, dst: int, op: str, **xy: Any) -> Tensor:
     ct = broadcast(ct, group, backend, src=dst)
     if op in LINEAR_OPS:
-        return ct / group.size if op == "mean" else ct
+        return divide(ct, group.size) if op == "mean" else ct
     return ct * _weight(**xy, group=group, backend=backend, dst=dst, op=op).conj()
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fcomm.arithmetic import LINEAR_OPS, fold
+from fcomm.arithmetic import LINEAR_OPS, divide, fold
 from fcomm.collectives import checks
 from fcomm.collectives.blocks import all_gather, own_block
 from fcomm.collectives.exchange import concat
@@ -64,7 +64,7 @@ def all_reduce_invariant(x: Tensor, group: Group, backend: Backend, *, op: str =
 
 
 def _all_reduce_invariant_vjp(ct: Tensor, group: Group, backend: Backend, op: str) -> Tensor:
-    return pvary(ct / group.size if op == "mean" else ct, group, backend)
+    return pvary(divide(ct, group.size) if op == "mean" else ct, group, backend)
 
 
 define(
