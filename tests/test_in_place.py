@@ -77,3 +77,23 @@ def check_lists(world: fcomm.Group) -> list[str]:
 @pytest.mark.parametrize("size", [1, 2])
 def test_results_of_lists_are_contiguous_and_may_be_changed_in_place(size: int) -> None:
     run_ranks(check_lists, size, timeout_s=60)
+
+
+def check_shared(world: fcomm.Group) -> list[str]:
+    """A change of one result where a derivative reads another is refused, and never a wrong derivative."""
+    failures = []
+    for op in ("sum", "max"):
+        a = torch.ones(3, requires_grad=True)
+        p, q = fcomm.all_reduce_coalesced([a, 2 * a], world, fcomm.cpu, op=op)
+        loss = q.sin().sum()
+        p.mul_(2)
+        try:
+            (loss + p.sum()).backward()
+            failures.append(f"{op}: not refused")
+        except RuntimeError as error:
+            failures += [] if "modified by an inplace operation" in str(error) else [f"{op}: {error}"]
+    return failures
+
+
+def test_results_of_a_list_share_their_changes() -> None:
+    run_ranks(check_shared, 2)
