@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -823,6 +824,44 @@ def test_a_simulated_result_that_is_no_tensor() -> None:
         TypeError, match="simulate: fn returned None; return tensors, nested in tuples, lists and dicts"
     ):
         fcomm.simulate(lambda x: (x, [None]), axis)(torch.ones(2))
+
+
+LATER = fcomm.axis("later", 3)
+
+
+class Copied(torch.autograd.Function):
+    """What is pvary here, as others write it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> Tensor:  # type: ignore[override]
+        return fcomm.all_reduce(ct, LATER, fcomm.sim)
+
+
+def test_a_backward_that_communicates_after_simulate_has_returned() -> None:
+    x = torch.arange(6.0).reshape(3, 2)
+
+    def loss(x: Tensor) -> Tensor:
+        return (Copied.apply(x) ** 2).sum()
+
+    assert fcomm.simulate(torch.func.grad(loss), LATER)(x).tolist() == [[12, 18]] * 3
+    text = re.escape(
+        "all_reduce: group 'later' is a simulated axis, which a backward uses after fcomm.simulate has returned; take "
+        "the derivative inside, fcomm.simulate(torch.func.grad(fn), axis)"
+    )
+    with pytest.raises(FcommError, match=text):
+        torch.func.grad(lambda x: fcomm.simulate(loss, LATER)(x).sum())(x)
+    with pytest.raises(FcommError, match=text):
+        fcomm.simulate(loss, LATER)(x.requires_grad_()).sum().backward()
 
 
 @pytest.mark.parametrize("copy", ["copy.copy", "copy.deepcopy", "pickle.dumps"])
