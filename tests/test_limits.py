@@ -140,3 +140,27 @@ def test_a_compiled_hessian_in_processes_and_around_simulate_agree() -> None:
     for rank, (eager, compiled) in enumerate(fcomm.run(_hessian_in_processes, 3)):
         torch.testing.assert_close(compiled, eager)
         torch.testing.assert_close(compiled, around[rank].sum(1))
+
+
+class _Copied(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.limits.copied(x, None)  # type: ignore[no-any-return]
+
+
+def _draft_export(world: fcomm.Group) -> str | None:
+    schema = "(Tensor x, Tensor? index) -> Tensor"
+    copied = torch.library.custom_op("limits::copied", lambda x, index: x.clone(), mutates_args=(), schema=schema)
+    copied.register_fake(lambda x, index: torch.empty_like(x))
+    assert torch.equal(torch.export.export(_Copied(), (X,)).module()(X), X)
+    try:
+        torch.export.draft_export(_Copied(), (X,))
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def test_draft_export_refuses_an_optional_tensor_that_is_none() -> None:
+    (said,) = fcomm.run(_draft_export, 1)
+    assert said is not None, "torch drafts it now: remove the limit"
+    assert "for argument 'index'" in said
+    assert "does not mutate the argument, but this seems to be empirically wrong" in said
