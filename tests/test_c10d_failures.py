@@ -24,6 +24,9 @@ from fcomm import (
     MismatchError,
     PeerDiedError,
 )
+from fcomm.backends import processgroup
+from fcomm.bootstrap import wait_for_keys
+from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
 
 X = torch.ones(4)
@@ -136,6 +139,29 @@ def slow(world: Group) -> list[str]:
 
 def test_a_slow_rank_is_waited_for() -> None:
     run_ranks(slow, 2)
+
+
+def ends_first(world: Group) -> list[str]:
+    """Rank 0 comes late and ends at once, while rank 1 is held up between its looks at the call and at the others."""
+    store, look = live(world).store, processgroup._look_around
+
+    def late(on: processgroup.Communicator, deadline: float) -> None:
+        store.set("waits", "")
+        while not processgroup._gone(on) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        look(on, deadline)
+
+    fcomm.barrier(world, fcomm.c10d)
+    if world.rank == 1:
+        processgroup._look_around = late
+    else:
+        wait_for_keys(store, ["waits"], 60)
+    total = fcomm.all_reduce(X, world, fcomm.c10d).tolist()
+    return [] if total == [2.0] * 4 else [str(total)]
+
+
+def test_a_rank_that_ends_after_its_last_call_is_no_failure() -> None:
+    run_ranks(ends_first, 2)
 
 
 def one_leaves(world: Group) -> list[Any]:

@@ -138,7 +138,13 @@ def call(on: Communicator, start: Callable[[Any], Any]) -> None:
             work.wait(timedelta(seconds=on.live.timeout_s))
             return
         while not _is_done(work):
-            _look_around(on, deadline)
+            try:
+                _look_around(on, deadline)
+            except RuntimeError:
+                # Since the look at the call another rank may have come, done its part of it, its last call, and ended.
+                if _is_done(work):
+                    return
+                raise
     except RuntimeError as error:
         if on.owned and work is not None and not work.is_completed():
             # Its destructor waits for the call, which nothing can cancel.
