@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import fcomm
-from fcomm.backends import shm_opening
+from fcomm.backends import shm_failure, shm_opening
 from fcomm.backends.pool import native
 from fcomm.bootstrap import loopback_store
 from fcomm.rendezvous import live
@@ -310,9 +310,10 @@ MISMATCHES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 def check_mismatches(world: fcomm.Group, names: list[str]) -> list[str]:
     failures = []
+    shm_failure._PATIENCE_S = 20.0  # nobody is missing
     for k, name in enumerate(names):
         odd = k % world.size
-        group = fcomm.subgroup(world, range(world.size), name=f"{name} {k}", timeout_s=20)
+        group = fcomm.subgroup(world, range(world.size), name=f"{name} {k}", timeout_s=60)
         fcomm.barrier(group, fcomm.cpu)
         start = time.monotonic()
         try:
@@ -320,7 +321,7 @@ def check_mismatches(world: fcomm.Group, names: list[str]) -> list[str]:
             failures.append(f"{name}: returned normally")
         except fcomm.MismatchError as error:
             text = str(error)
-            if time.monotonic() - start > 5:
+            if time.monotonic() - start > 30:
                 failures.append(f"{name}: took {time.monotonic() - start} s")
             if world.size > 2 and name != "send sizes" and error.culprits != (odd,):
                 failures.append(f"{name}: blames {error.culprits} and not {odd}: {text}")
@@ -355,8 +356,13 @@ def test_a_message_of_another_kind_is_refused() -> None:
     run_ranks(check_message, 2, timeout_s=60)
 
 
-def check_words(world: fcomm.Group) -> list[str]:
+def check_words(world: fcomm.Group, late_s: float = 0.0) -> list[str]:
+    """Rank 2 comes late_s after the others."""
+    shm_failure._PATIENCE_S = 20.0
     x = ones(2, 3) if world.rank else ones(3, 2)
+    fcomm.barrier(world, fcomm.cpu)
+    if world.rank == 2:
+        time.sleep(late_s)
     try:
         fcomm.all_reduce(x, world, fcomm.cpu)
     except fcomm.MismatchError as error:
@@ -366,12 +372,16 @@ def check_words(world: fcomm.Group) -> list[str]:
             "make every rank call the same collectives in the same order with the same shapes, dtypes and options; "
             "the group is unusable now; fcomm.close it on every rank and create it again"
         )
-        return [] if str(error) == expected else [str(error)]
+        return [] if (str(error), error.culprits) == (expected, (0,)) else [f"{error.culprits} {error}"]
     return ["no error"]
 
 
 def test_a_mismatch_quotes_what_each_rank_asked_for() -> None:
     run_ranks(check_words, 3, timeout_s=60)
+
+
+def test_a_late_rank_has_its_say_in_a_mismatch() -> None:
+    run_ranks(check_words, 3, 0.3, timeout_s=60)
 
 
 # --- one rank, late, interrupted, forked, closed ----------------------------------------------------------------------

@@ -6,6 +6,7 @@ all of them name the same culprit, also those that saw a survivor exit first.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -24,7 +25,9 @@ from fcomm.group import Group
 DIED, LEFT, TIMEOUT, MISMATCH, INTERRUPTED, POISONED, CLOSED, FORKED, INVALID, SYSTEM = range(1, 11)
 
 _UNUSABLE = "the group is unusable now; fcomm.close it on every rank and create it again"
-# Ranks that failed together describe themselves within milliseconds; one that was killed meanwhile never will.
+# How long ranks wait for each other's descriptions of a call in which they differ. One that was in it describes itself
+# within milliseconds, one that is late when it comes; both count, or the majority would be another. One that was killed
+# never will.
 _PATIENCE_S = 1.0
 
 
@@ -92,9 +95,12 @@ def _timeout(
 
 def _mismatch(here: str, about: dict[str, Any], native: Any, comm: Any, asked: str, size: int) -> MismatchError:
     words = {about["rank"]: asked}
+    until = time.monotonic() + _PATIENCE_S
     for rank in range(size):
-        if rank != about["rank"] and not native.behind(comm, rank):
-            words[rank] = _printable(native.description(rank, _PATIENCE_S, comm))
+        if rank != about["rank"]:
+            text = native.description(rank, max(0.0, until - time.monotonic()), comm)
+            if text or not native.behind(comm, rank):
+                words[rank] = _printable(text)
     usual = Counter(words.values()).most_common()
     if len(usual) > 1 and usual[0][1] > usual[1][1]:
         about["culprits"] = [r for r, text in words.items() if text != usual[0][0]]
