@@ -25,6 +25,8 @@ from fcomm.rendezvous import check_timeout, close, init
 
 # After the first failure the other ranks get this long to fail by themselves, so that their errors can be shown too.
 _GRACE_S = 2.0
+# The server process tells how a rank ended at once, but for when it gets no core.
+_STATUS_S = 10.0
 # Exit code of a rank that was started while it read the script that starts it.
 _UNGUARDED = 113
 # Errors that another rank's error brings about.
@@ -71,17 +73,19 @@ def run(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0)
                 args=(call, _environment(rank, size, port), timeout_s, theirs),
                 name=f"fcomm-rank-{rank}",
             )
-            process.start()
-            theirs.close()
+            # Before it starts: Ctrl-C may come between any two lines.
             processes.append(process)
             pipes.append(ours)
+            process.start()
+            theirs.close()
         return _collect(processes, pipes, timeout_s)
     finally:
         for process in processes:
             if process.is_alive():
                 process.kill()
         for process in processes:
-            process.join()
+            if process.pid is not None:  # it was started
+                process.join()
         for pipe in pipes:
             pipe.close()
         del store
@@ -200,7 +204,7 @@ def _receive(process: ForkServerProcess, pipe: Connection) -> tuple[bool, Any]:
         ok, value = pickle.loads(pipe.recv_bytes())
         return ok, value
     except EOFError:
-        process.join(_GRACE_S)
+        process.join(_STATUS_S)
         code = process.exitcode
         if code == _UNGUARDED:
             raise FcommError(

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fcomm
-from fcomm import Backend, CollectiveTimeoutError, FcommError, Group
+from fcomm import Backend, CollectiveTimeoutError, FcommError, Group, launch
 from fcomm.group import BACKENDS, register_backend
 
 
@@ -119,6 +119,39 @@ def test_a_killed_rank_and_one_that_exits() -> None:
         fcomm.run(one_is_killed, 2)
     with pytest.raises(FcommError, match="SystemExit: leaving early"):
         fcomm.run(one_exits, 2)
+
+
+class LateStatus:
+    """A process whose exit code comes late, as from a fork server that gets no core for seconds."""
+
+    exitcode: int | None = None
+
+    def join(self, timeout_s: float) -> None:
+        self.exitcode = -signal.SIGKILL if timeout_s > 5 else None
+
+
+def test_the_exit_code_of_a_killed_rank_is_waited_for() -> None:
+    ours, theirs = mp.Pipe(duplex=False)
+    theirs.close()
+    ok, failure = launch._receive(LateStatus(), ours)
+    assert not ok
+    assert failure.summary == "killed by SIGKILL"
+
+
+def test_ctrl_c_while_ranks_start_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    start = launch.ForkServerProcess.start
+
+    def interrupted(process: Any) -> None:
+        start(process)
+        started.append(process.pid)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.ForkServerProcess, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fcomm.run(nested, 3, torch.zeros(1))
+    assert [_is_running(pid) for pid in started] == [False, False]
 
 
 def one_sleeps(world: Group, folder: str) -> None:
