@@ -110,6 +110,24 @@ def test_strangers_are_turned_away() -> None:
     run_ranks(check_stranger, 3, timeout_s=60)
 
 
+def check_hello(world: fcomm.Group) -> list[str]:
+    """Rank 1 gets no core for a while after it has connected."""
+    connect = shm_opening._connect
+
+    def slow(*args: Any) -> None:
+        connect(*args)
+        time.sleep(5.5)
+
+    with mock.patch.object(shm_opening, "_connect", slow if world.rank == 1 else connect):
+        return results(world)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(native is None, reason="the engine is not built")
+def test_a_rank_that_is_slow_to_say_who_it_is() -> None:
+    run_ranks(check_hello, 2, timeout_s=60)
+
+
 def check_pipes(world: fcomm.Group) -> list[str]:
     """Without pidfd_open (an old kernel, a filter) a pipe tells of a rank's end."""
     with mock.patch.object(os, "pidfd_open", side_effect=OSError):

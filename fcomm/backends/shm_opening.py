@@ -34,6 +34,9 @@ _ADDRESS = struct.Struct("!16sQ")  # socket name, nonce
 _HELLO = struct.Struct("!QI4x")  # nonce, rank
 _FDS_PER_MESSAGE = 250  # the kernel takes 253
 _READY, _FAILED = b"+", b"-"
+# A rank says who it is as soon as it has connected, but may get no core for seconds, and does not connect twice. A
+# stranger that says nothing, and can only be a process of our own user, holds the opening up for as long.
+_HELLO_S = 30.0
 _SLICE_S = 0.2  # how often a rank that waits looks whether another has ended
 
 
@@ -86,7 +89,7 @@ def _serve(owner: Live, native: Any, first_round: int, life: int, deadline: floa
         if _peer_uid(connection) != os.geteuid():
             continue
         try:
-            hello, fds = _receive(connection, _HELLO.size, 1, min(deadline, time.monotonic() + 5.0))
+            hello, fds = _receive(connection, _HELLO.size, 1, min(deadline, time.monotonic() + _HELLO_S))
         except (OSError, EOFError):
             continue  # a stranger, or a rank that died: the deadline names who is missing
         theirs, rank = _HELLO.unpack(hello)
