@@ -14,6 +14,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +27,7 @@ from fcomm.errors import RendezvousError
 LOG = logging.getLogger("fcomm")
 
 _SLICE_S = 0.25  # how often a rank that waits for others looks for an error that one of them reported
+_TOLD_S = 20.0  # how long rank 0 stays, at most, for the others to read an error
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -224,9 +226,27 @@ def _compare_sizes(store: dist.Store, name: str, place: Place, ranks: Sequence[i
 def _give_up(store: dist.Store, place: Place, text: str, culprits: Sequence[int] = ()) -> None:
     """Raise the error that the first rank found, after the other ranks that are here can have read it."""
     text = _text(store.compare_set("error", "", text))
+    with suppress(dist.DistError):
+        store.set(f"told/{processes.identity()}", "")
     if place.serve:
-        time.sleep(8 * _SLICE_S)
+        _wait_until_told(store, place)
     raise RendezvousError(f"{place.function}: {text}", rank=place.rank, culprits=culprits)
+
+
+def _wait_until_told(store: dist.Store, place: Place) -> None:
+    """This process may be about to end, and the store with it, while the others do not know why."""
+    began = time.monotonic()
+    while time.monotonic() - began < _TOLD_S:
+        claims = {r: _text(store.get(f"claim/{r}")) for r in range(place.size) if store.check([f"claim/{r}"])}
+        told = all(
+            store.check([f"told/{who}"]) or store.check([f"seen/{r}"]) or processes.has_ended(who)
+            for r, claim in claims.items()
+            for who in claim.split(" ")[1:2]
+        )
+        # Those that come only now, or claim another's rank, may have a moment too.
+        if told and time.monotonic() - began > 8 * _SLICE_S:
+            return
+        time.sleep(0.02)
 
 
 def _raise_reported(store: dist.Store, place: Place) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import fcomm
-from fcomm import FcommError, Group, RendezvousError
+from fcomm import FcommError, Group, RendezvousError, bootstrap
 from fcomm.bootstrap import first_host, launcher_place
 from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
@@ -281,6 +281,26 @@ def test_ranks_that_disagree_on_the_size_are_named() -> None:
             "start all with the same size"
         )
         assert seconds < 10
+
+
+def meet_late(world: Group, port: int, late_s: float) -> tuple[float, str]:
+    """Rank 1 gets no core for late_s after it has looked for the claims; all are in more of a hurry than usual."""
+    wait = bootstrap.wait_for_keys
+    bootstrap._SLICE_S = 0.01
+
+    def slow(*args: Any) -> bool:
+        there = wait(*args)
+        time.sleep(late_s)
+        return there
+
+    if world.rank == 1:
+        bootstrap.wait_for_keys = slow
+    return meet(world, [(0, 2), (1, 3)], port, 60.0)
+
+
+def test_a_late_rank_is_told_the_error() -> None:
+    for _, text in run_ranks(meet_late, 2, free_port(), 0.5):
+        assert text.startswith("stateless_group: the ranks of 'own' disagree on its size: ")
 
 
 def test_a_taken_port_is_named() -> None:
