@@ -17,6 +17,7 @@ from torch import Tensor
 import fcomm
 from fcomm.compat import fastvideo
 from fcomm.compat.fastvideo import StatelessProcessGroup, decode, encode
+from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
 
 
@@ -218,10 +219,12 @@ def test_frames_refuse_what_is_not_plain(obj: Any) -> None:
 
 
 def late(world: fcomm.Group, port: int) -> str:
-    pg = StatelessProcessGroup.create("127.0.0.1", port, world.rank or 0, 2, data_expiration_seconds=2)
+    pg = StatelessProcessGroup.create("127.0.0.1", port, world.rank or 0, 2, data_expiration_seconds=40)
+    assert live(pg.group).timeout_s == 40
     if world.rank == 0:
         pg.store.wait(["done"], timedelta(seconds=60))
         return ""
+    live(pg.group).timeout_s = 2.0  # the rendezvous had 40
     with pytest.raises(TimeoutError, match=r"recv_obj: nothing arrived from rank 0 of group .* within 2.0 s") as caught:
         pg.recv_obj(src=0)
     pg.store.set("done", "1")
