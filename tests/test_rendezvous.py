@@ -244,15 +244,19 @@ def meet(world: Group, places: list[tuple[int, int]], port: int, timeout_s: floa
     return time.monotonic() - began, text
 
 
+def meet_together(world: Group, *args: Any) -> tuple[float, str]:
+    fcomm.barrier(world, fcomm.c10d)
+    return meet(world, *args)
+
+
 def test_missing_ranks_are_named_at_the_deadline() -> None:
-    results = run_ranks(meet, 2, [(0, 4), (2, 4)], free_port(), 1.5)
+    results = run_ranks(meet_together, 2, [(0, 4), (2, 4)], free_port(), 2.0)
     expected = (
-        "stateless_group: of 4 ranks of 'own', ranks [1, 3] did not arrive within 1.5 s; "
+        "stateless_group: of 4 ranks of 'own', ranks [1, 3] did not arrive within 2.0 s; "
         "look at their logs, or raise timeout_s"
     )
-    for seconds, text in results:
-        assert text == expected
-        assert 1.4 < seconds < 4
+    assert [text for _, text in results] == [expected] * 2
+    assert 2.0 <= max(seconds for seconds, _ in results) < 40  # who comes later is told at the other's deadline
 
 
 def test_a_missing_rank_0_is_named_by_its_address() -> None:
@@ -261,26 +265,26 @@ def test_a_missing_rank_0_is_named_by_its_address() -> None:
     assert text.startswith(
         f"stateless_group: rank 1 of 2 got no store at 127.0.0.1:{port} within 1.0 s; check MASTER_ADDR"
     )
-    assert seconds < 4
+    assert 0.9 < seconds < 40
 
 
 def test_a_duplicate_rank_is_named_with_both_claims() -> None:
-    results = run_ranks(meet, 3, [(0, 3), (1, 3), (1, 3)], free_port(), 20.0)
+    results = run_ranks(meet, 3, [(0, 3), (1, 3), (1, 3)], free_port(), 60.0)
     for seconds, text in results:
         assert text.startswith("stateless_group: rank 1 of 'own' joined twice at 127.0.0.1:")
         assert text.count(", as process ") == text.count(" and process ") == 1
         assert text.endswith("give each process its own rank, or a fresh MASTER_PORT to each run")
-        assert seconds < 10
+        assert seconds < 50
 
 
 def test_ranks_that_disagree_on_the_size_are_named() -> None:
-    results = run_ranks(meet, 2, [(0, 2), (1, 3)], free_port(), 20.0)
+    results = run_ranks(meet, 2, [(0, 2), (1, 3)], free_port(), 60.0)
     for seconds, text in results:
         assert text == (
             "stateless_group: the ranks of 'own' disagree on its size: rank 0 says 2, rank 1 says 3; "
             "start all with the same size"
         )
-        assert seconds < 10
+        assert seconds < 50
 
 
 def meet_late(world: Group, port: int, late_s: float) -> tuple[float, str]:
