@@ -1,4 +1,6 @@
-"""Collects the cells of the matrix (tests/matrix.py) that a run has checked, and writes them to out/matrix.md."""
+"""What all tests share: survivors' time to report, and the cells of the matrix (tests/matrix.py) that a run has
+checked, which it writes to out/matrix.md.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,16 @@ from pathlib import Path
 import pytest
 from matrix import SAMPLE, Cell, all_cells, reason, table
 
+from fcomm import launch
+
 CHECKED: set[Cell] = set()
 OUT = Path(__file__).parent.parent / "out"
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a rank has failed, the others have time to find out, and to write it down, on a busy machine too."""
+    monkeypatch.setattr(launch, "_GRACE_S", 20.0)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
