@@ -1,18 +1,29 @@
-"""What all tests share: survivors' time to report, and the cells of the matrix (tests/matrix.py) that a run has
-checked, which it writes to out/matrix.md.
+"""What all tests share: doubles that are built, and survivors' time to report.
+
+And the cells of the matrix (tests/matrix.py) that a run has checked, which it writes to out/matrix.md.
 """
 
 from __future__ import annotations
 
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from doubles import build
 from matrix import SAMPLE, Cell, all_cells, reason, table
 
 from fcomm import launch
 
 CHECKED: set[Cell] = set()
 OUT = Path(__file__).parent.parent / "out"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Build the doubles once and here: a rank that had to would keep others waiting, and take its test's time."""
+    if not hasattr(config, "workerinput") and not config.option.collectonly and build.compiler() is not None:
+        with suppress(subprocess.CalledProcessError):  # their own tests will say so
+            build.directory()
 
 
 @pytest.fixture(autouse=True)

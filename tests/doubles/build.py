@@ -26,11 +26,15 @@ DOUBLES = {
 }
 
 
+def compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("c++")
+
+
 @cache
 def directory() -> Path:
     """Where the doubles of these sources are; built at first use, then kept."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+    cxx = compiler()
+    if cxx is None:
         raise RuntimeError("the doubles need a C++ compiler: install g++")
     sources = [(HERE / name).read_bytes() for name in ("core.hpp", "nccl.cpp", "hccl.cpp", "build.py")]
     digest = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
@@ -40,7 +44,7 @@ def directory() -> Path:
         return to
     making = Path(tempfile.mkdtemp(prefix="fcomm-doubles-"))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda double: _compile(compiler, making / double, *DOUBLES[double]), DOUBLES))
+        list(pool.map(lambda double: _compile(cxx, making / double, *DOUBLES[double]), DOUBLES))
     try:
         making.rename(to)
     except OSError:  # another process was faster
@@ -48,9 +52,9 @@ def directory() -> Path:
     return to
 
 
-def _compile(compiler: str, to: Path, source: str, *flags: str) -> None:
+def _compile(cxx: str, to: Path, source: str, *flags: str) -> None:
     to.parent.mkdir(mode=0o700, exist_ok=True)
-    subprocess.run([compiler, *_FLAGS, *flags, str(HERE / source), "-o", str(to)], check=True)
+    subprocess.run([cxx, *_FLAGS, *flags, str(HERE / source), "-o", str(to)], check=True)
     to.chmod(0o700)
 
 
