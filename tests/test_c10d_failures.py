@@ -133,7 +133,7 @@ def test_a_late_rank_is_named_at_the_deadline_and_other_groups_work() -> None:
 def slow(world: Group) -> list[str]:
     team = fcomm.subgroup(world, range(2), name="team", timeout_s=30)
     for turn in range(3):
-        time.sleep((world.rank == turn % 2) * 1.5)  # several slices of waiting
+        time.sleep((world.rank == turn % 2) * 0.8)  # three slices of waiting
         if fcomm.all_reduce(X, team, fcomm.c10d).tolist() != [2.0] * 4:
             return ["wrong"]
         fcomm.recv(X, team, fcomm.c10d, after=fcomm.send(X, team, fcomm.c10d))
