@@ -14,8 +14,8 @@ from fcomm.rendezvous import Live, live
 
 
 def hasten(group: Group, backend: Backend, timeout_s: float) -> None:
-    """Open group on fcomm.cpu or fcomm.c10d, with the deadline that it was made with, and call a barrier there; later
-    calls have this deadline. Ranks come together as late as they like, and then have to be quick."""
+    """Open group on backend with the deadline that it was made with, and call a barrier there; later calls have this
+    deadline. Ranks come together as late as they like, and then have to be quick."""
     map_ = shm_opening._map
 
     def hasty(owner: Live, *args: Any) -> Any:

@@ -10,10 +10,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from deadlines import hasten
 from vendors import ASYNC, DEAF, DELAY, HANG, STATUS, backend, calls, control, module, plant
 
 import fcomm
 from fcomm import processes
+from fcomm.backends import failure
 from fcomm.backends.communicator import issue
 from fcomm.backends.machine import Comm
 from fcomm.rendezvous import live
@@ -116,6 +118,7 @@ def failing(
 
 
 def statuses(world: fcomm.Group, double: str, pairs: list[tuple[str, int]]) -> list[str]:
+    failure._ANSWER_S, failure.STORE_S = 5.0, 15.0  # for ranks that get no core
     on, codes, failures = backend(double), module(double).STATUS, []
     for symbol, code in pairs:
         error = failing(world, on, double, symbol, STATUS, code)
@@ -214,11 +217,12 @@ def test_a_slow_call_is_no_fault(double: str, symbol: str) -> None:
 
 def absent(world: fcomm.Group, double: str) -> list[str]:
     """Rank 1 does not make the call: the others name it."""
+    failure._ANSWER_S, failure.STORE_S = 2.0, 10.0  # for ranks that get no core
     on = backend(double)
-    group = fcomm.subgroup(world, range(world.size), name="g", timeout_s=1.5)
-    fcomm.all_reduce(torch.ones(1), group, on)
+    group = fcomm.subgroup(world, range(world.size), name="g")
+    hasten(group, on, 1.5)
     if world.rank == 1:
-        time.sleep(4)
+        time.sleep(6)
         with pytest.raises(fcomm.FcommError) as caught:
             twice(CALLS["all_reduce"], group, on)
     else:
@@ -308,6 +312,7 @@ def test_closing_does_not_raise_again_what_interrupted_a_call() -> None:
 
 def first_rank(world: fcomm.Group, double: str, symbol: str, code: int) -> list[str]:
     """The unique id cannot be made: the ranks that wait for it hear why."""
+    failure._ANSWER_S, failure.STORE_S = 5.0, 15.0  # for ranks that get no core
     on = backend(double)
     group = fcomm.subgroup(world, range(world.size), name="g", timeout_s=DEADLINE_S)
     if world.rank == 0:
@@ -376,8 +381,8 @@ def test_a_communicator_that_opens_too_late_is_ended(double: str, symbol: str, a
 def ended_once(world: fcomm.Group, double: str, symbols: tuple[str, str]) -> None:
     """The call that ends a communicator passes the deadline: no other call is made on what it may have freed."""
     on, (destroy, abort) = backend(double), symbols
-    group = fcomm.subgroup(world, range(world.size), name="ending", timeout_s=1.0)
-    fcomm.all_reduce(torch.ones(1), group, on)
+    group = fcomm.subgroup(world, range(world.size), name="ending")
+    hasten(group, on, 1.0)
     plant(double, destroy, DELAY, 2500)
     with pytest.raises(fcomm.CollectiveTimeoutError):
         fcomm.close(group)

@@ -60,7 +60,7 @@ def look_around(on: Team, op: str, deadline: float, needed: Container[int]) -> N
     report = _reported(on)
     if report is not None:
         raise _error_of(on, *report)
-    gone = [r for r in _ended(on) if r in needed and not has_closed(on, r)]
+    gone = [r for r in _gone(on) if r in needed]
     if gone:
         raise PeerDiedError(f"{_named(on, gone)} ended; look at the log there", culprits=gone)
 
@@ -76,6 +76,10 @@ def has_closed(on: Team, rank: int) -> bool:
 def _ended(on: Team) -> list[int]:
     """The ranks whose processes have ended, as far as this host knows."""
     return [r for r, who in enumerate(on.live.identities) if processes.has_ended(who)]
+
+
+def _gone(on: Team) -> list[int]:
+    return [r for r in _ended(on) if not has_closed(on, r)]
 
 
 def _named(on: Team, ranks: Iterable[int]) -> str:
@@ -224,6 +228,8 @@ def _culprits(on: Team, error: FcommError, report: tuple[int, int, str] | None) 
 
 
 def _absent(on: Team) -> tuple[int, ...]:
+    if gone := _gone(on):  # who lives may be late in answering, and is not to blame
+        return tuple(gone)
     until = time.monotonic() + _ANSWER_S
     absent = tuple(range(on.group.size))
     while absent and time.monotonic() < until:
