@@ -286,8 +286,8 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Backend, params: Sequence[Any]) -> Tensor:
     if group.simulated and _C._current_autograd_node() is not None:
         raise FcommError(
-            f"{record.name}: group '{group.name}' is a simulated axis, which a backward uses after fcomm.simulate has "
-            "returned; take the derivative inside, fcomm.simulate(torch.func.grad(fn), axis)"
+            f"{record.name}: group '{group.name}' is a simulated axis, which a backward uses outside fcomm.simulate; "
+            "take the derivative inside, fcomm.simulate(torch.func.grad(fn), axis)"
         )
     live(group, record.name)
     if len(group.ranks) == 1 and tensors:

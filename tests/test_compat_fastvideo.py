@@ -211,8 +211,11 @@ def test_frames_keep_tensors(x: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "obj",
-    [object(), print, np.int64(1), Point(1), [torch.nn.Parameter(torch.ones(1))], torch.empty(1, device="meta")],
-)
+    [
+        object(), print, np.int64(1), Point(1), [torch.nn.Parameter(torch.ones(1))], torch.empty(1, device="meta"),
+        torch.ones(1).to_sparse(),
+    ],
+)  # fmt: skip
 def test_frames_refuse_what_is_not_plain(obj: Any) -> None:
     with pytest.raises(TypeError, match="cannot be sent over the store"):
         encode(obj)

@@ -159,6 +159,15 @@ def test_one_rank_keeps_its_input_whatever_it_is(name: str) -> None:
             assert torch.equal(on_one_rank(x[None], **{split.removesuffix("=None"): [7]}), x[None])
 
 
+def test_one_rank_is_checked_as_many_are() -> None:
+    alone = fcomm.stateless_group("127.0.0.1", 0, 0, 1, name="alone")
+    with pytest.raises(TypeError, match="x is list, not a tensor"):
+        megatron.copy_to_tensor_model_parallel_region([1.0], group=alone, backend=fcomm.cpu)  # type: ignore[arg-type]
+    fcomm.close(alone)
+    with pytest.raises(fcomm.GroupClosedError):
+        megatron.reduce_scatter_to_sequence_parallel_region(torch.ones(2), group=alone, backend=fcomm.cpu)
+
+
 def test_handles_stand_anywhere_and_are_needed() -> None:
     axis = fcomm.axis("tp", 2)
     x = torch.randn(2, 3)

@@ -855,7 +855,7 @@ def test_a_backward_that_communicates_after_simulate_has_returned() -> None:
 
     assert fcomm.simulate(torch.func.grad(loss), LATER)(x).tolist() == [[12, 18]] * 3
     text = re.escape(
-        "all_reduce: group 'later' is a simulated axis, which a backward uses after fcomm.simulate has returned; take "
+        "all_reduce: group 'later' is a simulated axis, which a backward uses outside fcomm.simulate; take "
         "the derivative inside, fcomm.simulate(torch.func.grad(fn), axis)"
     )
     with pytest.raises(FcommError, match=text):

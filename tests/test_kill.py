@@ -160,6 +160,7 @@ def trial(size: int, act: str, call: str, length: int, seed: int, root: Path) ->
         assert end["total"] == len(survivors), "the next group of the survivors works"
         took.append(end["at"] - struck)
     # A third of the deadline that they have where they do not wait for it.
+    assert sorted(took)[len(took) // 2] < (timeout_s if act == "stop" else 0.0) + 5.0, (plan, took)
     assert max(took) < (timeout_s if act == "stop" else 0.0) + 10.0, (plan, took)
     assert shared_names() <= before
     return took

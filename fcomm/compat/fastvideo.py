@@ -21,6 +21,7 @@ from torch import Tensor
 import fcomm
 from fcomm.compat.funcol import ReduceOp, op_name
 from fcomm.compat.handles import takes_handles
+from fcomm.dtypes import CODES
 from fcomm.errors import ArgumentError, CollectiveTimeoutError, FcommError
 from fcomm.group import Backend, Group
 from fcomm.rendezvous import live
@@ -232,7 +233,7 @@ def decode(frame: bytes) -> Any:
 
 _ROWS = {kind.__name__: kind for kind in (list, tuple, set, torch.Size)}
 _MAPS = {kind.__name__: kind for kind in (dict, OrderedDict)}
-_DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+_DTYPES = {str(dtype): dtype for dtype in CODES}
 
 
 def _tagged(obj: Any) -> Any:
@@ -243,8 +244,8 @@ def _tagged(obj: Any) -> Any:
         return {"bytes": obj.hex()}
     if kind is torch.dtype:
         return {"dtype": str(obj)}
-    if kind is Tensor and obj.is_cpu and not obj.is_quantized:
-        # A copy: without conjugate and negative bits, and dense.
+    if kind is Tensor and obj.is_cpu and obj.layout is torch.strided and not obj.is_quantized:
+        # A copy: without conjugate and negative bits.
         raw = torch.empty(obj.numel(), dtype=obj.dtype).copy_(obj.detach().reshape(-1)).view(torch.uint8)
         return {"Tensor": [str(obj.dtype), list(obj.shape), bytes(raw.tolist()).hex()]}
     if kind in _ROWS.values():

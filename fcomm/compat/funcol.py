@@ -39,8 +39,8 @@ _NAMES = (
     (dist.ReduceOp.BXOR, "bxor"),
 )
 
-_TORCHS = {ours: torchs for torchs, ours in _OPS.items()}
-REDUCE_OP_TO_STR = {op: _TORCHS.get(name, name) for op, name in _NAMES}
+_TO_TORCH = {name: torchs for torchs, name in _OPS.items()}
+REDUCE_OP_TO_STR = {op: _TO_TORCH.get(name, name) for op, name in _NAMES}
 
 
 def __getattr__(name: str) -> Any:

@@ -311,9 +311,10 @@ def pcast(x: Tree, group: Groups, backend: Backend, *, to: str) -> Tree:
 
 def axis_index(group: Groups, backend: Backend) -> Tensor:
     """This rank's number, an int64 tensor; over several groups it counts row by row, the last group fastest."""
-    if not _groups(group):
+    groups = _groups(group)
+    if not groups:
         return torch.zeros((), dtype=torch.int64)
-    first, *rest = _groups(group)
+    first, *rest = groups
     index: Tensor = fcomm.axis_index(first, backend)
     for g in rest:
         index = index * g.size + fcomm.axis_index(g, backend)
@@ -352,6 +353,8 @@ def _fold(name: str, x: Tensor, group: Groups, backend: Backend, op: str, blocks
             x = fcomm.all_reduce(x, g, backend, op=op)
         return x
     _size(name, group, backend, blocks)
+    if len({len(block) for block in blocks}) == 1:
+        return fold(_of_block(name, x, group, backend, blocks).unbind(0), op)
     rows = all_gather(x, group, backend)
     folded = torch.stack([fold([rows[int(r)] for r in block], op) for block in blocks])
     block_of = {int(r): k for k, block in enumerate(blocks) for r in block}

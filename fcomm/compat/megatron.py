@@ -39,7 +39,11 @@ def _region(fn: F) -> F:
     @takes_handles
     @wraps(fn)
     def call(input_: Tensor, *args: Any, group: Group, backend: Backend, **options: Any) -> Tensor:
-        return input_.clone() if group.size == 1 else fn(input_, *args, group=group, backend=backend, **options)
+        return (
+            fcomm.pvary(input_, group, backend)
+            if group.size == 1
+            else fn(input_, *args, group=group, backend=backend, **options)
+        )
 
     return cast(F, call)
 

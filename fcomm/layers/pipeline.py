@@ -10,9 +10,10 @@
                              .  F0 F1 .  B0 F2 B1 F3 B2 .  B3 .          rank r holds n - r micro-batches, not M
                              .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .
 
-Both idle for (n-1) of (M+n-1) ticks. What moves from stage to stage is one micro-batch's activations, M times forward
-and M times backward, and no line below says how a cotangent travels: in gpipe the derivative of ppermute is the inverse
-ppermute; in one_f_one_b that of send receives, and that of recv sends.
+Both idle for (n-1) of (M+n-1) ticks; gpipe's forward has n-1 runs of a stage before them. What moves from stage to
+stage is one micro-batch's activations, M times forward and M times backward, and no line below says how a cotangent
+travels: in gpipe the derivative of ppermute is the inverse ppermute; in one_f_one_b that of send receives, and that of
+recv sends.
 
     gpipe          one differentiable function, the same program on all ranks: simulated, in processes, compiled
     one_f_one_b    in processes: each rank has a program of its own, so there is no simulated axis of it
@@ -42,7 +43,7 @@ def gpipe(stage: Callable[[Tensor], Tensor], micro: Tensor, group: Group, backen
 
     stage: this rank's stage, [..] -> [..] of one shape. In ticks without a micro-batch it runs on the first one that it
     gets, and nobody reads the result; so micro-batch 0 passes all stages before tick 0 too, without a derivative.
-    torch.utils.checkpoint around stage keeps its inputs only.
+    stage keeps no count of its calls, then. torch.utils.checkpoint around it keeps its inputs only.
     Traffic: n-1 ppermutes of a micro-batch to one rank, then M+n-2 ppermutes to all; backward M+n-2.
     """
     n, count = group.size, micro.shape[0]
@@ -110,9 +111,9 @@ def one_f_one_b(
     pending: deque[tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]]] = deque()
 
     def forward(m: int) -> None:
-        def program(inexact: Params, like: Tensor) -> Tensor:
+        def program(own: Params, like: Tensor) -> Tensor:
             x = micro[m] if rank == 0 else recv(like, group, backend, src=rank - 1)
-            y = stage({**params, **inexact}, x)
+            y = stage({**params, **own}, x)
             return loss(y, m) if last else send(y, group, backend, dst=rank + 1)
 
         result, pull = vjp(program, inexact, torch.zeros_like(micro[m]))[:2]
