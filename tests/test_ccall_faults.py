@@ -6,16 +6,18 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from deadlines import hasten
+from deadlines import hasten, tell, wait_for_word
 from vendors import ASYNC, DEAF, DELAY, HANG, STATUS, backend, calls, control, module, plant
 
 import fcomm
 from fcomm import processes
-from fcomm.backends import failure
+from fcomm.backends import communicator, failure
 from fcomm.backends.communicator import issue
 from fcomm.backends.machine import Comm
 from fcomm.rendezvous import live
@@ -260,6 +262,36 @@ def test_a_killed_rank_is_named(double: str, before: int, tmp_path: object) -> N
     for rank in (0, 2):
         with open(os.path.join(str(tmp_path), str(rank)), encoding="utf-8") as said:
             assert said.read() == "(1,) True"
+
+
+def ends_first(world: fcomm.Group, double: str) -> list[str]:
+    """Rank 0 comes late and counts as ended then, while rank 1 is held up between its looks at the call and at it."""
+    on, look = backend(double), communicator.look_around
+
+    def late(*args: Any) -> None:
+        tell(world, "waits")
+        wait_for_word(world, "came")
+        with mock.patch.object(processes, "has_ended", lambda who: who == live(world).identities[0]):
+            look(*args)
+
+    fcomm.barrier(world, on)
+    if world.rank == 1:
+        communicator.look_around = late
+    else:
+        wait_for_word(world, "waits")
+    total = fcomm.all_reduce(torch.ones(1), world, on).item()
+    communicator.look_around = look
+    if world.rank == 0:
+        tell(world, "came")
+        wait_for_word(world, "done")  # closing, it would no longer count as ended
+    else:
+        tell(world, "done")
+    return [] if total == 2 else [str(total)]
+
+
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_a_rank_that_ends_after_its_last_call_is_no_failure(double: str) -> None:
+    run_ranks(ends_first, 2, double, timeout_s=60)
 
 
 def at_the_end(world: fcomm.Group, double: str, symbols: list[str], code: int) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fcomm
-from fcomm.backends import later
+from fcomm.backends import communicator, later
 from fcomm.backends.machine import Channel, Team
 from fcomm.backends.worker import start_worker
 
@@ -89,3 +89,21 @@ def test_the_watch_goes_on_past_a_group_that_opens_and_one_that_breaks(monkeypat
         for on in (opens, breaks, last):
             later.forget(on)
     assert gave_up[0] == (breaks, "the driver does not answer")
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_the_device_finishes_during_the_look_at_the_others_is_done(
+    monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """A rank may end after its part of the last call, between another's looks at its device and at the ranks."""
+    on, passed, library = on_device(monkeypatch)(), threading.Event(), SimpleNamespace(codes=None)
+
+    def look_around(*args: object) -> None:
+        if ends:
+            passed.set()
+        raise fcomm.PeerDiedError("rank 0 ended")
+
+    monkeypatch.setattr(communicator, "look_around", look_around)
+    event: Any = SimpleNamespace(query=passed.is_set)
+    with nullcontext() if ends else pytest.raises(fcomm.PeerDiedError):
+        communicator._settle(on, "close", on.main, library, time.monotonic() - 1, event)

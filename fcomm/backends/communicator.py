@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ from fcomm.backends.machine import (
     stream_of,
 )
 from fcomm.backends.worker import start_worker
-from fcomm.errors import FcommError, RendezvousError
+from fcomm.errors import FcommError, PeerDiedError, RendezvousError
 from fcomm.group import Group
 from fcomm.rendezvous import live
 
@@ -104,14 +105,21 @@ def _run(on: Team, op: str, channel: Channel, library: Library, fn: Callable[[Co
 def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: float, event: Any = None) -> None:
     """Wait for event, and until the library has taken what was called: non-blocking communicators return before."""
     pause, looked = 2e-5, time.monotonic()
-    while True:
+
+    def is_done() -> bool:
         code = on.poll(library, channel)
         ccall.check(library, code, f"{op}, asynchronously,")
-        if code == 0 and (event is None or event.query()):
-            return
+        return code == 0 and (event is None or bool(event.query()))
+
+    while not is_done():
         now = time.monotonic()
         if now - looked > SLICE_S or now > deadline:
-            look_around(on, op, deadline, channel.members)
+            try:
+                look_around(on, op, deadline, channel.members)
+            except FcommError:
+                if is_done():  # _bounded has the reason
+                    return
+                raise
             looked = now
         time.sleep(pause)
         pause = min(2 * pause, 2e-3)
@@ -132,7 +140,15 @@ def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline:
         except NotYet:
             if future.done():
                 return future.result()
-            look_around(on, op, deadline, channel.members)
+            try:
+                look_around(on, op, deadline, channel.members)
+            except FcommError as error:
+                # Since the look at the call another rank may have come, done its part of it, its last call, and ended.
+                # Then this rank's thread may still have to get a core to return from it.
+                wait([future], SLICE_S if isinstance(error, PeerDiedError) else 0)
+                if future.done() and future.exception() is None:
+                    return future.result()
+                raise
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
