@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -238,30 +240,48 @@ def test_a_rank_that_does_not_come_is_named(double: str) -> None:
     run_ranks(absent, 3, double, timeout_s=60)
 
 
-def killed(world: fcomm.Group, double: str, directory: str, before: int) -> None:
-    on = backend(double)
+def killed(world: fcomm.Group, double: str, directory: str, before: int, dead: int, port: int) -> None:
+    """A rank dies, the one that serves the group's store where there is a port for it."""
+    on, group = backend(double), world
+    if port:
+        group = fcomm.stateless_group("127.0.0.1", port, world.rank or 0, world.size, name="own", timeout_s=30)
     for _ in range(before):
-        fcomm.all_reduce(torch.ones(1), world, on)
-    if world.rank == 1:
+        fcomm.all_reduce(torch.ones(1), group, on)
+    if world.rank == dead:
         os.kill(os.getpid(), signal.SIGKILL)
+    kind = fcomm.FcommError if port else fcomm.PeerDiedError
     start = time.monotonic()
     try:
-        fcomm.all_reduce(torch.ones(1), world, on)
+        fcomm.all_reduce(torch.ones(1), group, on)
         text = "no error"
-    except fcomm.PeerDiedError as error:
+    except kind as error:
         text = f"{error.culprits} {time.monotonic() - start < 5}"
     with open(os.path.join(directory, str(world.rank)), "w", encoding="utf-8") as out:
         out.write(text)
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def check_killed(double: str, directory: Path, before: int, dead: int, port: int) -> None:
+    with pytest.raises(fcomm.FcommError, match="SIGKILL"):
+        run_ranks(killed, 3, double, str(directory), before, dead, port, timeout_s=60)
+    for rank in {0, 1, 2} - {dead}:
+        assert (directory / str(rank)).read_text() == f"({dead},) True"
+
+
 @pytest.mark.parametrize("before", [0, 1])
 @pytest.mark.parametrize("double", ["nccl", "hccl"])
-def test_a_killed_rank_is_named(double: str, before: int, tmp_path: object) -> None:
-    with pytest.raises(fcomm.FcommError, match="SIGKILL"):
-        run_ranks(killed, 3, double, str(tmp_path), before, timeout_s=60)
-    for rank in (0, 2):
-        with open(os.path.join(str(tmp_path), str(rank)), encoding="utf-8") as said:
-            assert said.read() == "(1,) True"
+def test_a_killed_rank_is_named(double: str, before: int, tmp_path: Path) -> None:
+    check_killed(double, tmp_path, before, dead=1, port=0)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_a_killed_rank_that_served_the_store_is_named(double: str, before: int, tmp_path: Path) -> None:
+    check_killed(double, tmp_path, before, dead=0, port=free_port())
 
 
 def ends_first(world: fcomm.Group, double: str) -> list[str]:

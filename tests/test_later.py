@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 import fcomm
-from fcomm.backends import communicator, later
+from fcomm import processes
+from fcomm.backends import communicator, failure, later
 from fcomm.backends.machine import Channel, Team
 from fcomm.backends.worker import start_worker
 
@@ -107,3 +109,22 @@ def test_what_the_device_finishes_during_the_look_at_the_others_is_done(
     event: Any = SimpleNamespace(query=passed.is_set)
     with nullcontext() if ends else pytest.raises(fcomm.PeerDiedError):
         communicator._settle(on, "close", on.main, library, time.monotonic() - 1, event)
+
+
+def test_without_its_store_a_rank_that_ended_fails_the_calls_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who serves the store may close the group and end, while others close it too, or have not called it since."""
+
+    class Lost:
+        def check(self, *args: object) -> None:
+            raise RuntimeError("Connection reset by peer")
+
+    on = on_device(monkeypatch)()
+    owner: Any = SimpleNamespace(identities=["here/1/1", "here/2/2"], store=Lost())
+    on.live, on.machine = owner, cast("Any", SimpleNamespace(name="nccl"))
+    monkeypatch.setattr(processes, "has_ended", lambda who: who == "here/1/1")
+    for op in ("close", "send", failure.BETWEEN):
+        failure.look_around(on, op, math.inf, (0, 1))
+    failure.look_around(on, "recv", math.inf, (1,))
+    with pytest.raises(fcomm.PeerDiedError, match=r"rank 0 \(process 1\) ended") as caught:
+        failure.look_around(on, "recv", math.inf, (0, 1))
+    assert caught.value.culprits == (0,)

@@ -32,6 +32,10 @@ STORE_S = 2.0  # the store may be what failed
 _ABORT_S = 0.5  # an abort that takes longer goes on alone
 _ABORT_ON_DEVICE_S = 5.0  # there it waits for kernels that write into tensors
 
+# A rank that served the store may close the group and end while another one is at these: its store's end is no failure.
+BETWEEN = "between calls"
+_OUTLASTING = ("close", "send", BETWEEN)
+
 # Of a failure in the store: magic, rank, code (_TIMEOUT, _OTHER, _DIED, or the library's). Its text follows.
 _REPORT = struct.Struct("<4sIi")
 _TIMEOUT, _OTHER, _DIED = -1, -2, -3
@@ -60,17 +64,17 @@ def look_around(on: Team, op: str, deadline: float, needed: Container[int]) -> N
     report = _reported(on)
     if report is not None:
         raise _error_of(on, *report)
-    gone = [r for r in _gone(on) if r in needed]
+    gone = [r for r in _gone(on, if_lost=op in _OUTLASTING) if r in needed]
     if gone:
         raise PeerDiedError(f"{_named(on, gone)} ended; look at the log there", culprits=gone)
 
 
-def has_closed(on: Team, rank: int) -> bool:
-    """Whether a rank closes, or has closed, the group."""
+def has_closed(on: Team, rank: int, *, if_lost: bool = True) -> bool:
+    """Whether a rank closes, or has closed, the group; if_lost where the store, and who served it, have gone."""
     try:
         return on.read(f"closing/{rank}") is not None
     except RuntimeError:
-        return True  # the store has gone, and with it the process that served it
+        return if_lost
 
 
 def _ended(on: Team) -> list[int]:
@@ -78,8 +82,8 @@ def _ended(on: Team) -> list[int]:
     return [r for r, who in enumerate(on.live.identities) if processes.has_ended(who)]
 
 
-def _gone(on: Team) -> list[int]:
-    return [r for r in _ended(on) if not has_closed(on, r)]
+def _gone(on: Team, *, if_lost: bool = True) -> list[int]:
+    return [r for r in _ended(on) if not has_closed(on, r, if_lost=if_lost)]
 
 
 def _named(on: Team, ranks: Iterable[int]) -> str:
@@ -88,8 +92,7 @@ def _named(on: Team, ranks: Iterable[int]) -> str:
 
 def _without_store(on: Team, error: dist.DistError) -> PeerDiedError:
     """The error of a store that does not answer: a rank may have served it."""
-    # The kernel closes a process's sockets a little before it says that the process has ended.
-    gone = _wait_for(lambda: _ended(on) or None) or []
+    gone = _wait_for(lambda: _ended(on) or None) or []  # later than its sockets, as in _culprits
     cause = f": {_named(on, gone)} ended" if gone else "; look at the log of the process that served it"
     reason = str(error).partition("\n")[0][:200]
     return PeerDiedError(f"the group's store is lost ({reason}){cause}", culprits=gone)
@@ -218,7 +221,9 @@ def _culprits(on: Team, error: FcommError, report: tuple[int, int, str] | None) 
     does so within a slice. Of the rest it is the rank whose call failed.
     """
     if report is None:
-        return ()
+        # The store has gone, and its server may be a rank. The kernel closes a process's sockets, by which its peers'
+        # calls fail, a little before it says that the process has ended.
+        return error.culprits or tuple(_wait_for(lambda: _ended(on) or None) or ())
     if report[0] != on.rank:
         frame = _wait_for(lambda: on.read("culprits")) or b""
         return tuple(r for (r,) in struct.iter_unpack("<I", frame[: len(frame) // 4 * 4]) if r < on.group.size)

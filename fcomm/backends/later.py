@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fcomm.backends import ccall
-from fcomm.backends.failure import SLICE_S, abort, give_up, has_closed, look_around, raise_failure
+from fcomm.backends.failure import BETWEEN, SLICE_S, abort, give_up, has_closed, look_around, raise_failure
 from fcomm.backends.machine import LOG, Team, current, is_capturing, record
 from fcomm.backends.worker import start_worker, submit_behind
 from fcomm.errors import CollectiveTimeoutError, FcommError
@@ -147,7 +147,7 @@ def look_at_pending(on: Team) -> None:
     on the device.
     """
     with on.lock:
-        _, deadline, op = on.pending[0] if on.pending else (None, math.inf, "between calls")
+        _, deadline, op = on.pending[0] if on.pending else (None, math.inf, BETWEEN)
     if on.failure is not None:
         return
     library = on.machine.load()
@@ -160,7 +160,8 @@ def look_at_pending(on: Team) -> None:
             for channel in ready:
                 ccall.check(library, on.poll(library, channel), f"{op}, asynchronously,")
             needed = {rank for channel in ready for rank in channel.members}
-            look_around(on, op, max(deadline, time.monotonic() + 1), needed)
+            # Not op: it may be done, asking would spoil a capture. Nor its deadline, for the same reason.
+            look_around(on, BETWEEN, math.inf, needed)
             if time.monotonic() > deadline:
                 _check_late(on)
     except Exception as error:
