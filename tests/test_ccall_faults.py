@@ -256,8 +256,10 @@ def killed(world: fcomm.Group, double: str, directory: str, before: int, dead: i
         text = "no error"
     except kind as error:
         text = f"{error.culprits} {time.monotonic() - start < 5}"
-    with open(os.path.join(directory, str(world.rank)), "w", encoding="utf-8") as out:
-        out.write(text)
+    Path(directory, str(world.rank)).write_text(text)
+    until = time.monotonic() + 20
+    while len(list(Path(directory).iterdir())) < world.size - 1 and time.monotonic() < until:
+        time.sleep(0.01)  # one that ends before the other has looked would be named, too
 
 
 def free_port() -> int:
