@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -25,10 +27,24 @@ def process(who: str) -> str:
 
 def has_ended(who: str) -> bool:
     """Whether that process of this host has ended. False of other hosts, of which nothing is known."""
-    there, number, start = [*who.split("/"), "", ""][:3]
-    return there == _host() and number.isdigit() and _start(int(number)) != start
+    if not who.startswith(f"{_host()}/"):
+        return False
+    _, number, start = [*who.split("/"), ""][:3]
+    return number.isdigit() and _start(int(number)) != start
 
 
+def ended(identities: Sequence[str], among: Iterable[int] | None = None) -> list[int]:
+    """The ranks whose processes have ended, as far as this host knows: of all, or of some."""
+    ranks = range(len(identities)) if among is None else sorted(among)
+    return [r for r in ranks if r < len(identities) and has_ended(identities[r])]
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Ranks in words."""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
+
+
+@functools.cache
 def _host() -> str:
     try:
         namespace = os.readlink("/proc/self/ns/net").strip("net:[]")

@@ -150,7 +150,7 @@ def ends_first(world: Group) -> list[str]:
 
     def late(on: processgroup.Communicator, deadline: float) -> None:
         store.set("waits", "")
-        while not processgroup._gone(on) and time.monotonic() < deadline:
+        while not processes.ended(on.peers) and time.monotonic() < deadline:
             time.sleep(0.01)
         look(on, deadline)
 

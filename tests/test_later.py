@@ -121,10 +121,13 @@ def test_without_its_store_a_rank_that_ended_fails_the_calls_that_need_it(monkey
     on = on_device(monkeypatch)()
     owner: Any = SimpleNamespace(identities=["here/1/1", "here/2/2"], store=Lost())
     on.live, on.machine = owner, cast("Any", SimpleNamespace(name="nccl"))
-    monkeypatch.setattr(processes, "has_ended", lambda who: who == "here/1/1")
+    asked: list[str] = []
+    monkeypatch.setattr(processes, "has_ended", lambda who: asked.append(who) or who == "here/1/1")
     for op in ("close", "send", failure.BETWEEN):
         failure.look_around(on, op, math.inf, (0, 1))
+    asked.clear()
     failure.look_around(on, "recv", math.inf, (1,))
+    assert asked == ["here/2/2"]  # a look at a rank costs a file read
     with pytest.raises(fcomm.PeerDiedError, match=r"rank 0 \(process 1\) ended") as caught:
         failure.look_around(on, "recv", math.inf, (0, 1))
     assert caught.value.culprits == (0,)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
 from typing import TypeVar
@@ -57,14 +57,14 @@ def raise_failure(on: Team, op: str) -> None:
     )
 
 
-def look_around(on: Team, op: str, deadline: float, needed: Container[int]) -> None:
+def look_around(on: Team, op: str, deadline: float, needed: Iterable[int]) -> None:
     """Raise if the deadline has passed, another rank has failed, or one of the needed has ended without closing."""
     if time.monotonic() > deadline:
         raise CollectiveTimeoutError(f"{op} passed its deadline of {on.live.timeout_s} s")
     report = _reported(on)
     if report is not None:
         raise _error_of(on, *report)
-    gone = [r for r in _gone(on, if_lost=op in _OUTLASTING) if r in needed]
+    gone = _left(on, needed, if_lost=op in _OUTLASTING)
     if gone:
         raise PeerDiedError(f"{_named(on, gone)} ended; look at the log there", culprits=gone)
 
@@ -77,13 +77,14 @@ def has_closed(on: Team, rank: int, *, if_lost: bool = True) -> bool:
         return if_lost
 
 
-def _ended(on: Team) -> list[int]:
-    """The ranks whose processes have ended, as far as this host knows."""
-    return [r for r, who in enumerate(on.live.identities) if processes.has_ended(who)]
+def _left(on: Team, among: Iterable[int], *, if_lost: bool = True) -> list[int]:
+    """Those of some ranks that have ended without closing, as far as this host knows."""
+    return [r for r in processes.ended(on.live.identities, among) if not has_closed(on, r, if_lost=if_lost)]
 
 
-def _gone(on: Team, *, if_lost: bool = True) -> list[int]:
-    return [r for r in _ended(on) if not has_closed(on, r, if_lost=if_lost)]
+def _ended_by_now(on: Team) -> list[int]:
+    # The kernel closes a process's sockets, and its peers fail, a little before it says that the process has ended.
+    return _wait_for(lambda: processes.ended(on.live.identities) or None) or []
 
 
 def _named(on: Team, ranks: Iterable[int]) -> str:
@@ -92,7 +93,7 @@ def _named(on: Team, ranks: Iterable[int]) -> str:
 
 def _without_store(on: Team, error: dist.DistError) -> PeerDiedError:
     """The error of a store that does not answer: a rank may have served it."""
-    gone = _wait_for(lambda: _ended(on) or None) or []  # later than its sockets, as in _culprits
+    gone = _ended_by_now(on)
     cause = f": {_named(on, gone)} ended" if gone else "; look at the log of the process that served it"
     reason = str(error).partition("\n")[0][:200]
     return PeerDiedError(f"the group's store is lost ({reason}){cause}", culprits=gone)
@@ -221,9 +222,8 @@ def _culprits(on: Team, error: FcommError, report: tuple[int, int, str] | None) 
     does so within a slice. Of the rest it is the rank whose call failed.
     """
     if report is None:
-        # The store has gone, and its server may be a rank. The kernel closes a process's sockets, by which its peers'
-        # calls fail, a little before it says that the process has ended.
-        return error.culprits or tuple(_wait_for(lambda: _ended(on) or None) or ())
+        # The store has gone, and its server may be a rank.
+        return error.culprits or tuple(_ended_by_now(on))
     if report[0] != on.rank:
         frame = _wait_for(lambda: on.read("culprits")) or b""
         return tuple(r for (r,) in struct.iter_unpack("<I", frame[: len(frame) // 4 * 4]) if r < on.group.size)
@@ -233,7 +233,7 @@ def _culprits(on: Team, error: FcommError, report: tuple[int, int, str] | None) 
 
 
 def _absent(on: Team) -> tuple[int, ...]:
-    if gone := _gone(on):  # who lives may be late in answering, and is not to blame
+    if gone := _left(on, range(on.group.size)):  # who lives may be late in answering, and is not to blame
         return tuple(gone)
     until = time.monotonic() + _ANSWER_S
     absent = tuple(range(on.group.size))

@@ -257,9 +257,9 @@ def _introduce(on: Communicator) -> list[str]:
     on.store.set(f"member/{on.rank}", f"{processes.identity()} {int(on.check)}")
     keys = [f"member/{r}" for r in range(on.size)]
     while not wait_for_keys(on.store, keys, _SLICE_S):
-        if gone := _gone(on):
+        if gone := processes.ended(on.peers):
             raise PeerDiedError(
-                f"{_ranks(gone)} of group '{on.group.name}' ended before this call; look at the log there",
+                f"{processes.named(gone)} of group '{on.group.name}' ended before this call; look at the log there",
                 group=on.group.name,
                 rank=on.rank,
                 culprits=gone,
@@ -267,7 +267,7 @@ def _introduce(on: Communicator) -> list[str]:
         absent = [r for r, key in enumerate(keys) if not on.store.check([key])]
         if absent and time.monotonic() > deadline:
             raise CollectiveTimeoutError(
-                f"{_ranks(absent)} of group '{on.group.name}' made no call on backend 'c10d' within "
+                f"{processes.named(absent)} of group '{on.group.name}' made no call on backend 'c10d' within "
                 f"{on.live.timeout_s} s; every rank of the group makes the same calls",
                 group=on.group.name,
                 rank=on.rank,
@@ -325,7 +325,7 @@ def _look_around(on: Communicator, deadline: float) -> None:
         raise RuntimeError(f"Timed out after {on.live.timeout_s} s")
     if on.store.check(["failed"]):
         raise RuntimeError("another rank failed")
-    if _gone(on):
+    if processes.ended(on.peers):
         raise RuntimeError("Connection lost")
 
 
@@ -344,26 +344,29 @@ def _account(on: Communicator, error: Exception) -> FcommError:
     thread = threading.Thread(target=agree, name="fcomm-account", daemon=True)
     thread.start()
     thread.join(_ACCOUNT_S + _STORE_S)
-    verdict = verdicts[0] if verdicts else _write(BackendError, _gone(on), f"{text}; the store does not answer")
+    unanswered = f"{text}; the store does not answer"
+    verdict = verdicts[0] if verdicts else _write(BackendError, processes.ended(on.peers), unanswered)
     return _error(on, verdict)
 
 
 def _verdict(on: Communicator, timeout: bool, text: str) -> str:
     failed, closed = _reports(on)
-    gone = _gone(on)
+    gone = processes.ended(on.peers)
     silent = [r for r in range(on.size) if r not in failed and r not in closed]
     where = ", ".join(f"rank {r} in {place}" for r, place in sorted(failed.items()))
     if gone:
         who = ", ".join(processes.process(on.peers[r]) for r in gone)
-        return _write(PeerDiedError, gone, f"{_ranks(gone)} ended ({who}); look at the log there")
+        return _write(PeerDiedError, gone, f"{processes.named(gone)} ended ({who}); look at the log there")
     if closed:
         return _write(
-            PeerDiedError, closed, f"{_ranks(closed)} closed the group, or ended; close it after the last call"
+            PeerDiedError, closed, f"{processes.named(closed)} closed the group, or ended; close it after the last call"
         )
     if silent:
         kind = CollectiveTimeoutError if timeout else PeerDiedError
         within = f" within {on.live.timeout_s} s" if timeout else ""
-        return _write(kind, silent, f"{_ranks(silent)} did not arrive{within} ({where}); look at the log there")
+        return _write(
+            kind, silent, f"{processes.named(silent)} did not arrive{within} ({where}); look at the log there"
+        )
     if len(set(failed.values())) > 1:
         return _write(
             MismatchError, sorted(failed), f"the ranks are in different calls: {where}; make them call the same"
@@ -384,18 +387,10 @@ def _reports(on: Communicator) -> tuple[dict[int, str], list[int]]:
             for r in ranks:
                 if r not in failed and on.store.check([f"failed/{r}"]):
                     failed[r] = on.store.get(f"failed/{r}").decode(errors="replace")
-            if {*failed, *closed, *_gone(on)} == set(ranks):
+            if {*failed, *closed, *processes.ended(on.peers)} == set(ranks):
                 break
             time.sleep(0.02)
     return failed, closed
-
-
-def _gone(on: Communicator) -> list[int]:
-    return [r for r, who in enumerate(on.peers) if processes.has_ended(who)]
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
 
 
 def _write(kind: type[FcommError], culprits: Iterable[int], text: str) -> str:

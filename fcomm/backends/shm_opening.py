@@ -235,23 +235,19 @@ def _peer(owner: Live, rank: int) -> Iterator[None]:
         raise _absent(owner, [rank]) from error
     except (OSError, EOFError) as error:
         # One that gave up because another had ended closes its socket, too.
-        raise _died(owner, _dead(owner) or [rank]) from error
-
-
-def _dead(owner: Live) -> list[int]:
-    return [r for r, who in enumerate(owner.identities) if processes.has_ended(who)]
+        raise _died(owner, processes.ended(owner.identities) or [rank]) from error
 
 
 def _look_for_the_dead(owner: Live) -> None:
     """Raise PeerDiedError if a rank has ended: not all have joined yet, so now they never will."""
-    if dead := _dead(owner):
+    if dead := processes.ended(owner.identities):
         raise _died(owner, dead)
 
 
 def _died(owner: Live, dead: Sequence[int]) -> PeerDiedError:
     return PeerDiedError(
-        f"cpu: ranks {list(dead)} ended before group '{owner.group.name}' of size {owner.group.size} had opened its "
-        "shared memory; look at their logs",
+        f"cpu: {processes.named(dead)} ended before group '{owner.group.name}' of size {owner.group.size} had opened "
+        "its shared memory; look at the log there",
         group=owner.group.name, rank=owner.group.rank, culprits=dead,
     )  # fmt: skip
 
@@ -313,10 +309,12 @@ def _store(owner: Live) -> Iterator[dist.Store]:
         yield owner.store
     except dist.DistError as error:
         time.sleep(_SLICE_S)  # a process that ends closes its sockets first
-        dead = _dead(owner)
+        dead = processes.ended(owner.identities)
+        cause = (
+            f": {processes.named(dead)} ended; look at the log there" if dead else "; look at the log of its process"
+        )
         raise PeerDiedError(
-            f"cpu: the store of group '{owner.group.name}' of size {owner.group.size} is gone"
-            + (f", and so are ranks {dead}; look at their logs" if dead else "; look at the log of its process"),
+            f"cpu: the store of group '{owner.group.name}' of size {owner.group.size} is gone{cause}",
             group=owner.group.name, rank=owner.group.rank, culprits=dead,
         ) from error  # fmt: skip
 
