@@ -71,6 +71,18 @@ def test_a_worker_without_a_thread_makes_its_calls_at_once(monkeypatch: pytest.M
         start_worker()
 
 
+def test_a_call_at_the_exit_goes_without_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    on = on_device(monkeypatch)()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(later, "_watcher", None)
+    later.watch(on, "all_reduce", 0.0)
+    later.forget(on)
+    assert later._watcher is None
+
+
 def test_the_watch_goes_on_past_a_group_that_opens_and_one_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     team, looked = on_device(monkeypatch), threading.Semaphore(0)
     opens, breaks, last = team(), team(), team()

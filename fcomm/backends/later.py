@@ -16,7 +16,7 @@ from torch import Tensor
 from fcomm.backends import ccall
 from fcomm.backends.failure import BETWEEN, SLICE_S, abort, give_up, has_closed, look_around, raise_failure
 from fcomm.backends.machine import LOG, Team, current, is_capturing, record
-from fcomm.backends.worker import start_worker, submit_behind
+from fcomm.backends.worker import start_worker, started, submit_behind
 from fcomm.errors import CollectiveTimeoutError, FcommError
 
 _FAREWELL_S = 0.5  # a message that was received is known to be within this time
@@ -117,8 +117,8 @@ def watch(on: Team, op: str, deadline: float) -> None:
         if not any(other is on for other in _TEAMS):
             _TEAMS.append(on)
         if _watcher is None or not _watcher.is_alive():  # a forked child has its parent's, ended
-            _watcher = threading.Thread(target=_watch_teams, name="fcomm-watch", daemon=True)
-            _watcher.start()
+            thread = threading.Thread(target=_watch_teams, name="fcomm-watch", daemon=True)
+            _watcher = thread if started(thread) else None
 
 
 def forget(on: Team) -> None:

@@ -42,7 +42,19 @@ def _do(fn: Callable[[], Any], future: Future[Any]) -> None:
         future.set_exception(error)
 
 
+def started(thread: threading.Thread) -> bool:
+    """Start it; False where that cannot be: CPython 3.12 starts no thread while it exits."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if "interpreter shutdown" not in str(error):
+            raise
+        return False
+    return True
+
+
 def start_worker() -> Worker:
+    """A worker; without a thread at the exit of the process, where groups close: there the caller makes the calls."""
     worker = Worker()
 
     def work() -> None:
@@ -52,13 +64,7 @@ def start_worker() -> Worker:
                 _do(*task)
                 del task  # or it would keep a call's tensors until the next one
 
-    try:
-        threading.Thread(target=work, name="fcomm", daemon=True).start()
-        worker.started = True
-    except RuntimeError as error:
-        # CPython 3.12 starts no thread while it exits. Groups close then, too: the caller makes the calls itself.
-        if "interpreter shutdown" not in str(error):
-            raise
+    worker.started = started(threading.Thread(target=work, name="fcomm", daemon=True))
     return worker
 
 
