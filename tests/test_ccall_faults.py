@@ -226,12 +226,13 @@ def absent(world: fcomm.Group, double: str) -> list[str]:
     group = fcomm.subgroup(world, range(world.size), name="g")
     hasten(group, on, 1.5)
     if world.rank == 1:
-        time.sleep(6)
+        wait_for_word(world, 0, 2)
         with pytest.raises(fcomm.FcommError) as caught:
             twice(CALLS["all_reduce"], group, on)
     else:
         with pytest.raises(fcomm.CollectiveTimeoutError, match=r"ranks \[1\] have not answered") as caught:
             fcomm.all_reduce(torch.ones(1), group, on)
+        tell(world, world.rank)
     return [] if caught.value.culprits == (1,) else [f"{caught.value.culprits}: {caught.value}"]
 
 

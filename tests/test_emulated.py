@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from deadlines import tell, wait_for_word
 from emulated import emulate, team
 from torch import Tensor
 from vendors import STATUS, plant
@@ -76,8 +77,10 @@ def closes_alone(world: fcomm.Group) -> None:
         with pytest.raises(fcomm.CollectiveTimeoutError, match="close passed its deadline"):
             fcomm.close(group)
         assert time.monotonic() - start < 5
+        tell(world, "closed")
     else:
-        time.sleep(5)
+        wait_for_word(world, "closed")
+        wait_for_failure(group)
         with pytest.raises(fcomm.CollectiveTimeoutError, match="rank 0 failed first: close passed its deadline"):
             fcomm.close(group)
 
