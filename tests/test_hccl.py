@@ -22,7 +22,7 @@ from vendors import (
 )
 
 import fcomm
-from fcomm.backends import hccl
+from fcomm.backends import hccl, library
 from fcomm.testing import TRANSFORMS, run_ranks
 
 DOUBLE, SPLIT = "hccl", "hccl-split"
@@ -119,8 +119,8 @@ def test_sizes_that_differ_raise_on_every_rank() -> None:
 
 
 def test_a_missing_library_is_an_error_at_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hccl.library, "_loaded", lambda soname: None)
-    missing = hccl.library.Search("libhccl-none.so", "FCOMM_NONE_LIB", (), (), hccl.SEARCH.hint)
+    monkeypatch.setattr(library, "_loaded", lambda soname: None)
+    missing = library.Search("libhccl-none.so", "FCOMM_NONE_LIB", (), (), hccl.SEARCH.hint)
     monkeypatch.setattr(hccl, "SEARCH", missing)
     with pytest.raises(fcomm.BackendUnavailableError, match=r"cannot load libhccl-none.so.*install Ascend CANN"):
         hccl.open()

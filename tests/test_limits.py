@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -149,7 +149,7 @@ class _Copied(torch.nn.Module):
 
 def _draft_export(world: fcomm.Group) -> str | None:
     schema = "(Tensor x, Tensor? index) -> Tensor"
-    copied = torch.library.custom_op("limits::copied", lambda x, index: x.clone(), mutates_args=(), schema=schema)
+    copied = library.custom_op("limits::copied", lambda x, index: x.clone(), mutates_args=(), schema=schema)
     copied.register_fake(lambda x, index: torch.empty_like(x))
     assert torch.equal(torch.export.export(_Copied(), (X,)).module()(X), X)
     try:

@@ -21,7 +21,7 @@ from vendors import (
 )
 
 import fcomm
-from fcomm.backends import nccl
+from fcomm.backends import library, nccl
 from fcomm.testing import TRANSFORMS, run_ranks
 
 DOUBLE, OLD = "nccl", "nccl-2.21"
@@ -113,8 +113,8 @@ def test_sizes_that_differ_raise_on_every_rank() -> None:
 
 
 def test_a_missing_library_is_an_error_at_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nccl.library, "_loaded", lambda soname: None)
-    missing = nccl.library.Search("libnccl-none.so.2", "FCOMM_NONE_LIB", (), (), nccl.SEARCH.hint)
+    monkeypatch.setattr(library, "_loaded", lambda soname: None)
+    missing = library.Search("libnccl-none.so.2", "FCOMM_NONE_LIB", (), (), nccl.SEARCH.hint)
     monkeypatch.setattr(nccl, "SEARCH", missing)
     with pytest.raises(fcomm.BackendUnavailableError, match=r"cannot load libnccl-none.so.2.*install nvidia-nccl"):
         nccl.open()
