@@ -456,11 +456,8 @@ inline uint16_t to_bf16(float f) {
 }
 struct BFloat16 {
   uint16_t bits;
+  explicit BFloat16(float f) : bits(to_bf16(f)) {}
   operator float() const { return from_bf16(bits); }
-  BFloat16 &operator=(float f) {
-    bits = to_bf16(f);
-    return *this;
-  }
 };
 
 enum Op { kSum, kProd, kMax, kMin };
@@ -481,7 +478,7 @@ void combine(void *total, const void *with, size_t n, Op op) {
       using F = std::conditional_t<sizeof(T) == 2, float, T>;
       F x = a[i], y = b[i];
       F z = op == kSum ? x + y : op == kProd ? x * y : y != y ? x : x != x ? y : op == kMax ? std::max(x, y) : std::min(x, y);
-      a[i] = z;
+      a[i] = T(z);
     }
   }
 }
