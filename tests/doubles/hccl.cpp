@@ -11,7 +11,6 @@
 using namespace core;
 
 enum Code { kSuccess, kPara, kPtr, kMemory, kInternal, kNotSupport, kTcpTransfer = 13, kRuntime = 15, kRemoteError = 21 };
-constexpr size_t kRootInfoBytes = 4108;
 using u32 = uint32_t;
 using u64 = uint64_t;
 
@@ -56,6 +55,8 @@ extern "C" __attribute__((visibility("default"))) void double_set_device(int has
   g_on_device = true;
   t_has_device = has;
 }
+
+constexpr size_t kRootInfoBytes = 4108;
 
 // --- communicators --------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
 // Every collective against the plain formula, at the edges of chunks and shares.
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 #include <random>
