@@ -36,6 +36,7 @@ from fcomm.testing import TRANSFORMS, check_case, run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
+PARTS = 6  # for several workers at once
 FEW = ("forward", "vjp", "jvp", "vmap of grad")
 
 
@@ -57,12 +58,15 @@ def with_default(world: fcomm.Group, fn: Callable[..., Any], *args: Any) -> Any:
 # --- every case, as on the doubles ---
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_every_case_under_every_transform(size: int) -> None:
-    transforms = tuple(TRANSFORMS) if size == 2 else FEW
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_case_under_every_transform(part: int) -> None:
+    run_ranks(on_gpu, 2, check, REAL, sized(2)[part::PARTS], tuple(TRANSFORMS), timeout_s=500)
+
+
+def test_every_case_on_three_ranks() -> None:
     # A coalesced case has a part in float32, and NCCL has an order of its own in which it adds three.
-    ids = [id for id in sized(size) if size == 2 or "coalesced" not in id]
-    run_ranks(on_gpu, size, check, REAL, ids, transforms, timeout_s=500)
+    ids = [id for id in sized(3) if "coalesced" not in id]
+    run_ranks(on_gpu, 3, check, REAL, ids, FEW, timeout_s=500)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
