@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: nccl-wheels demo test test-all test-jax check fuzz native sanitize stress bench clean
+.PHONY: nccl-wheels demo test test-all test-jax check fuzz native sanitize aarch64 stress bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m fcomm.demo $(ARGS)
@@ -42,6 +42,11 @@ native: .venv/ready
 # the engine's own tests under AddressSanitizer, UndefinedBehaviourSanitizer and ThreadSanitizer
 sanitize: .venv/ready
 	$(BIN)/python -m pytest tests/test_engine_native.py -k sanitizer
+
+# the same for the other processor, emulated: needs g++-aarch64-linux-gnu and qemu-user
+aarch64: .venv/ready
+	command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64
+	$(BIN)/python -m pytest tests/test_engine_native.py -k aarch64
 
 # a million small collectives, and nothing of the process grows
 stress: .venv/ready

@@ -30,8 +30,10 @@ VARIANTS = {
     "plain": ("-O1",),
     "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
     "thread": ("-O1", "-g", "-fsanitize=thread"),
+    "aarch64": ("-O1", "-static"),
 }
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -40,7 +42,7 @@ def engine_sources() -> list[Path]:
     return [path for path in sorted(ENGINE.glob("*.cpp")) if path.name != "binding.cpp"]
 
 
-def _compile(source: Path, folder: Path, flags: Sequence[str]) -> Path:
+def _compile(compiler: str | None, source: Path, folder: Path, flags: Sequence[str]) -> Path:
     """The object file of source, made anew if any source or header is newer."""
     target = folder / f"{source.parent.name}-{source.stem}.o"
     inputs = [
@@ -51,7 +53,7 @@ def _compile(source: Path, folder: Path, flags: Sequence[str]) -> Path:
         # The kernels are tested as they are shipped: vectorised, except where a sanitizer wants to look.
         speed = ("-O3",) if source == ENGINE / "kernels.cpp" and "-g" not in flags else ()
         made = folder / f"{target.stem}.{os.getpid()}.o"
-        command = [COMPILER, *FLAGS, *flags, *speed, f"-I{ENGINE}", "-c", source, "-o", made]
+        command = [compiler, *FLAGS, *flags, *speed, f"-I{ENGINE}", "-c", source, "-o", made]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         made.replace(target)
@@ -62,19 +64,20 @@ def build(variant: str, program: str = "main") -> Path:
     """Path of a test program: "main" for the suites, "speed" for the table of times."""
     folder = ROOT / "build" / f"native-{variant}"
     folder.mkdir(parents=True, exist_ok=True)
+    compiler = CROSS_COMPILER if variant == "aarch64" else COMPILER
     others = {"main", "speed"} - {program}
     sources = engine_sources() + [path for path in sorted(NATIVE.glob("*.cpp")) if path.stem not in others]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: _compile(source, folder, VARIANTS[variant]), sources))
+        objects = list(pool.map(lambda source: _compile(compiler, source, folder, VARIANTS[variant]), sources))
     target = folder / program
     made = folder / f"{program}.{os.getpid()}"
-    subprocess.run([COMPILER, *FLAGS, *VARIANTS[variant], "-o", made, *objects], check=True, timeout=300)
+    subprocess.run([compiler, *FLAGS, *VARIANTS[variant], "-o", made, *objects], check=True, timeout=300)
     made.replace(target)
     return target
 
 
-def run(program: Path, *suites: str, timeout_s: float = 300) -> str:
-    done = subprocess.run([program, *suites], capture_output=True, text=True, timeout=timeout_s, check=False)
+def run(program: Path, *suites: str, timeout_s: float = 300, under: Sequence[str] = ()) -> str:
+    done = subprocess.run([*under, program, *suites], capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, (
         f"{program} {' '.join(suites)} ended with {done.returncode}\n{done.stderr}{done.stdout}"
     )
@@ -149,6 +152,14 @@ def test_engine_under_address_and_undefined_behaviour_sanitizers() -> None:
 @pytest.mark.long
 def test_engine_under_thread_sanitizer() -> None:
     run(build("thread"), *SUITES, timeout_s=900)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    not (shutil.which(CROSS_COMPILER) and shutil.which(EMULATOR)), reason=f"no {CROSS_COMPILER}, {EMULATOR}"
+)
+def test_engine_on_aarch64() -> None:
+    run(build("aarch64"), *SUITES, timeout_s=900, under=[EMULATOR])
 
 
 # What tests/test_cpu.py does in processes with every collective, dtype and layout, short of compiling and of long runs.
