@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fcomm import processes
-from fcomm.errors import RendezvousError
+from fcomm.errors import RendezvousError, printable
 
 LOG = logging.getLogger("fcomm")
 
@@ -259,9 +259,7 @@ def _reason(error: OSError) -> str:
 
 
 def _text(value: bytes | str) -> str:
-    """What another process wrote, as text that is safe to show."""
-    text = value if isinstance(value, str) else value.decode(errors="replace")
-    return "".join(c if c.isprintable() else "?" for c in text[:500])
+    return printable(value if isinstance(value, str) else value.decode(errors="replace"))
 
 
 def _who(claim: str) -> str:

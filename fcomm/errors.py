@@ -80,3 +80,8 @@ class BackendTimeoutError(BackendError, CollectiveTimeoutError):
 
 class BackendPeerError(BackendError, PeerDiedError):
     """The library lost a rank: a status such as ncclRemoteError or HCCL_E_REMOTE."""
+
+
+def printable(text: str) -> str:
+    """What a library or another process wrote, fit for an error: one line, no control characters, not too long."""
+    return "".join(c if c.isprintable() else "?" for c in text[:500])

@@ -22,7 +22,14 @@ from fcomm.backends import ccall
 from fcomm.backends.ccall import Library
 from fcomm.backends.machine import LOG, Channel, Team, current
 from fcomm.backends.worker import start_worker
-from fcomm.errors import BackendError, CollectiveTimeoutError, FcommError, GroupPoisonedError, PeerDiedError
+from fcomm.errors import (
+    BackendError,
+    CollectiveTimeoutError,
+    FcommError,
+    GroupPoisonedError,
+    PeerDiedError,
+    printable,
+)
 
 T = TypeVar("T")
 
@@ -206,8 +213,7 @@ def _reported(on: Team) -> tuple[int, int, str] | None:
     if frame is None or len(frame) < _REPORT.size or frame[:4] != b"fcfl":
         return None
     _, rank, code = _REPORT.unpack_from(frame)
-    text = frame[_REPORT.size :].decode(errors="replace")
-    return rank, code, "".join(c if c.isprintable() else "?" for c in text)
+    return rank, code, printable(frame[_REPORT.size :].decode(errors="replace"))
 
 
 def _is_silence(error: FcommError) -> bool:

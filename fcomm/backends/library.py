@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fcomm.errors import BackendUnavailableError
+from fcomm.errors import BackendUnavailableError, printable
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,11 @@ def load(search: Search, argument: str | os.PathLike[str] | None = None) -> tupl
         return [ctypes.CDLL(path), *companion], path
     except OSError as error:
         looked = [f"{search.variable} (unset)"] if argument is None and search.variable not in os.environ else []
-        looked += [f"{package}/{inside}" for package, inside in search.packages] if path == search.soname else []
-        looked += [*search.directories, "the system's library path"] if path == search.soname else []
+        if path == search.soname:
+            looked += [f"{package}/{inside}" for package, inside in search.packages]
+            looked += [*search.directories, "the system's library path"]
         raise BackendUnavailableError(
-            f"cannot load {_shown(path)}: {_shown(str(error))}; looked in {', '.join(looked) or path}; {search.hint}"
+            f"cannot load {printable(f'{path}: {error}')}; looked in {', '.join(looked) or path}; {search.hint}"
         ) from error
 
 
@@ -98,7 +99,7 @@ def check_path(path: str, source: str) -> str:
 
     source: the name of the argument or variable it came from, for the error.
     """
-    shown = f"{source}={_shown(path)!r}"
+    shown = f"{source}={printable(path)!r}"
     if not path or any(ord(c) < 32 for c in path):
         raise BackendUnavailableError(f"{shown} is empty or has control characters; pass an absolute path")
     if not os.path.isabs(path):
@@ -154,8 +155,3 @@ def _is_privileged() -> bool:
     getauxval = ctypes.CDLL(None).getauxval
     getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
     return bool(getauxval(23))
-
-
-def _shown(text: str) -> str:
-    """Foreign text fit for an error: one line, no control characters, not too long."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]

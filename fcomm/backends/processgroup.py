@@ -34,6 +34,7 @@ from fcomm.errors import (
     GroupPoisonedError,
     MismatchError,
     PeerDiedError,
+    printable,
 )
 from fcomm.group import Group
 from fcomm.rendezvous import Live, live
@@ -399,9 +400,8 @@ def _write(kind: type[FcommError], culprits: Iterable[int], text: str) -> str:
 
 def _error(on: Communicator, verdict: str) -> FcommError:
     kind, culprits, text = [*verdict.split("\n", 2), "", ""][:3]
-    text = "".join(c if c.isprintable() else "?" for c in text)[:500]
     return _ERRORS.get(kind, BackendError)(
-        f"{on.name or 'c10d'}: call {on.calls} on group '{on.group.name}' of size {on.size}: {text}",
+        f"{on.name or 'c10d'}: call {on.calls} on group '{on.group.name}' of size {on.size}: {printable(text)}",
         op=on.name,
         group=on.group.name,
         rank=on.rank,

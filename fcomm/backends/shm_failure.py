@@ -18,6 +18,7 @@ from fcomm.errors import (
     GroupPoisonedError,
     MismatchError,
     PeerDiedError,
+    printable,
 )
 from fcomm.group import Group
 
@@ -100,7 +101,7 @@ def _mismatch(here: str, about: dict[str, Any], native: Any, comm: Any, asked: s
         if rank != about["rank"]:
             text = native.description(rank, max(0.0, until - time.monotonic()), comm)
             if text or not native.behind(comm, rank):
-                words[rank] = _printable(text)
+                words[rank] = printable(text)
     usual = Counter(words.values()).most_common()
     if len(usual) > 1 and usual[0][1] > usual[1][1]:
         about["culprits"] = [r for r, text in words.items() if text != usual[0][0]]
@@ -114,8 +115,3 @@ def _mismatch(here: str, about: dict[str, Any], native: Any, comm: Any, asked: s
         f"same order with the same shapes, dtypes and options; {_UNUSABLE}",
         **about,
     )
-
-
-def _printable(text: str) -> str:
-    """A peer's words, which another process wrote: without control characters, and not longer than a line or two."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:300]
