@@ -130,13 +130,13 @@ def ties(x: Tensor, y: Tensor) -> Tensor:
     return ((x == y) | (x.isnan() & y.isnan())).to(torch.float32 if x.dtype in FLOAT8 else x.dtype)
 
 
-def product_of_others(rows: Tensor, own: Tensor, dim: int = 0) -> Tensor:
-    """Product along dim over the rows where the mask `own` is False; exact, and twice differentiable, at zeros.
+def product_of_others(rows: Tensor, own: Tensor) -> Tensor:
+    """Product of the rows where the mask `own` is False; exact, and twice differentiable, at zeros.
 
-    rows: [.., n, ..] at dim; own broadcasts against it. The quotient prod / x would be 0/0 where x is 0.
+    rows: [n, ..]; own broadcasts against it. The quotient prod / x would be 0/0 where x is 0.
     """
     others = torch.where(own, torch.ones((), dtype=rows.dtype, device=rows.device), rows)
     if rows.dtype in FLOAT8:  # of which torch has no product
         others = others.to(torch.float32)
     # Under autocast torch's product of a half type stays in float32.
-    return others.prod(dim).to(rows.dtype)
+    return others.prod(0).to(rows.dtype)

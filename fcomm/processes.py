@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
-def identity(pid: int | None = None) -> str:
-    """host/process id/start time of a process here, by default this one. Process ids are reused, identities are not."""
-    pid = os.getpid() if pid is None else pid
+def identity() -> str:
+    """host/process id/start time of this process. Process ids are reused, identities are not."""
+    pid = os.getpid()
     return f"{_host()}/{pid}/{_start(pid)}"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcomm.arithmetic import fold
+from fcomm.arithmetic import divide, fold
 from fcomm.backends.ccall import Library
 from fcomm.backends.communicator import issue, team
 from fcomm.backends.failure import raise_failure
@@ -143,9 +143,7 @@ def _summand(wire: torch.dtype, x: Tensor) -> Tensor:
 
 
 def _divided(y: Tensor, op: str, size: int) -> Tensor:
-    if op != "mean":
-        return y
-    return y.div_(size) if y.is_floating_point() or y.is_complex() else y.div_(size, rounding_mode="trunc")
+    return divide(y, size) if op == "mean" else y
 
 
 def _fold_rows(

@@ -198,13 +198,13 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 # --- progress -----------------------------------------------------------------------------------------------------
 
 
-def progress(done: int | None, total: int, label: str, width: int = 30) -> None:
+def progress(done: int | None, total: int, label: str) -> None:
     """Draw a bar on stderr where it is a terminal; None takes it away."""
     if not sys.stderr.isatty():
         return
     if done is None:
         text = "\r\x1b[K"
     else:
-        filled = width * done // max(1, total)
-        text = f"\r\x1b[K[{'#' * filled}{'.' * (width - filled)}] {done}/{total} {label}"
+        filled = 30 * done // max(1, total)
+        text = f"\r\x1b[K[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {label}"
     print(text, end="", file=sys.stderr, flush=True)

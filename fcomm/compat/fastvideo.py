@@ -24,7 +24,7 @@ from fcomm.compat.handles import takes_handles
 from fcomm.dtypes import CODES
 from fcomm.errors import ArgumentError, CollectiveTimeoutError, FcommError
 from fcomm.group import Backend, Group
-from fcomm.rendezvous import live
+from fcomm.rendezvous import DEFAULT_TIMEOUT_S, live
 
 
 @takes_handles
@@ -122,10 +122,10 @@ class StatelessProcessGroup:
     ) -> StatelessProcessGroup:
         """A group of its own store at host:port, which rank 0 serves; no torch.distributed state is made.
 
-        data_expiration_seconds: deadline of every wait, at most fcomm's default of 300 s.
+        data_expiration_seconds: deadline of every wait, at most fcomm's default.
         Raises RendezvousError naming the ranks that are missing.
         """
-        timeout_s = min(float(data_expiration_seconds), 300.0)
+        timeout_s = min(float(data_expiration_seconds), DEFAULT_TIMEOUT_S)
         name = f"stateless:{host}:{port}"
         return StatelessProcessGroup(
             fcomm.stateless_group(host, port, rank, world_size, name=name, timeout_s=timeout_s)

@@ -26,6 +26,8 @@ VOCABULARY = 256
 
 Params = Mapping[str, Tensor]
 
+_ATTENTION = ("q", "k", "v", "out")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -53,7 +55,7 @@ def dense_loss(params: Params, tokens: Tensor, target: Tensor, model: Model) -> 
     """The mean cross-entropy of predicting target from tokens, both [B S], on one process."""
     x = F.embedding(tokens, params["embed"]) + params["position"]
     for i in range(model.blocks):
-        x = x + _dense_attention(_norm(x, params[f"{i}.norm1"]), *(params[f"{i}.{name}"] for name in "qkvo"))
+        x = x + _dense_attention(_norm(x, params[f"{i}.norm1"]), *(params[f"{i}.{name}"] for name in _ATTENTION))
         hidden = F.gelu(F.linear(_norm(x, params[f"{i}.norm2"]), params[f"{i}.up"]))
         x = x + F.linear(hidden, params[f"{i}.down"])
     logits = F.linear(_norm(x, params["norm"]), params["embed"])
@@ -80,17 +82,15 @@ def parallel_loss(
     x = layers.vocab_parallel_embedding(tokens, params["embed"], tp, backend, seq_dim=1)
     x = x + fcomm.shard(params["position"], tp, backend)
     for i in range(model.blocks):
-        block = {layer: params[f"{i}.{name}"] for name, layer in _BLOCK.items()}
+        block = {name: params[f"{i}.{name}"] for name in (*_ATTENTION, "norm1", "norm2", "up", "down")}
         x = layers.transformer_block(x, block, tp, backend, seq_dim=1)
     x = layers.rms_norm(x, fcomm.pvary(params["norm"], tp, backend))
     logits = layers.column_linear(x, params["embed"], None, tp, backend, seq_dim=1)
     return layers.vocab_parallel_cross_entropy(logits, target, tp, backend, vocab=VOCABULARY).mean()
 
 
-_BLOCK = {"norm1": "norm1", "norm2": "norm2", "q": "q", "k": "k", "v": "v", "o": "out", "up": "up", "down": "down"}
-
 # The dimension of each parameter that is cut over the ranks; the others are replicated.
-_CUT = {"embed": 0, "q": 0, "k": 0, "v": 0, "o": 1, "up": 0, "down": 1}
+_CUT = {"embed": 0, "q": 0, "k": 0, "v": 0, "out": 1, "up": 0, "down": 1}
 
 
 def part(params: Params, rank: int, ranks: int) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def init(model: Model, seed: int) -> dict[str, Tensor]:
     shapes = {"embed": (VOCABULARY, d), "position": (model.sequence, d), "norm": (d,)}
     for i in range(model.blocks):
         shapes |= {f"{i}.{name}": (model.heads, c, d) for name in "qkv"}
-        shapes |= {f"{i}.o": (d, model.heads, c), f"{i}.up": (model.hidden, d), f"{i}.down": (d, model.hidden)}
+        shapes |= {f"{i}.out": (d, model.heads, c), f"{i}.up": (model.hidden, d), f"{i}.down": (d, model.hidden)}
         shapes |= {f"{i}.norm1": (d,), f"{i}.norm2": (d,)}
     generator = torch.Generator().manual_seed(seed)
     return {
