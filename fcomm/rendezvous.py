@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -274,10 +275,11 @@ def _subgroup(function: str, parent: Group, ranks: Iterable[int], name: str, tim
         raise ArgumentError(f"{function}: ranks of '{name}' are {ranks!r}; pass a list of ranks of '{parent.name}'")
     members = tuple(ranks)
     for r in members:
-        if not isinstance(r, int) or isinstance(r, bool) or not 0 <= r < parent.size:
+        if not isinstance(r, Integral) or isinstance(r, bool) or not 0 <= r < parent.size:
             raise ArgumentError(
                 f"{function}: rank {r!r} of '{name}' is not in group '{parent.name}' of size {parent.size}"
             )
+    members = tuple(map(int, members))  # numpy's integers are no int
     if not members or len(set(members)) != len(members):
         raise ArgumentError(f"{function}: ranks of '{name}' are {list(members)}; pass each member once, at least one")
     if parent.simulated:

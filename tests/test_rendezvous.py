@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -405,7 +406,7 @@ def derived(world: Group) -> list[str]:
     expect("sp", sum_of_ranks(axes["sp"]), 4 * (rank // 2) + 1)
 
     # Members in the order given; ranks count within the parent.
-    backwards = fcomm.subgroup(world, [3, 1, 0], name="backwards")
+    backwards = fcomm.subgroup(world, np.array([3, 1, 0]), name="backwards")
     if rank == 2:
         expect("no member", backwards.rank, None)
         try:
