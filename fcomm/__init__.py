@@ -2,6 +2,10 @@
 
 What a collective means and how it differentiates is in fcomm.collectives; how a machine does it is in
 fcomm.backends.<machine>; how torch sees it is in fcomm.registration. Who takes part is in fcomm.group.
+
+    rendezvous  groups of processes, and what a live one owns; bootstrap and processes help it
+    launch      run: a function on N processes       simulate    N ranks in this process
+    record      what define() takes and refuses      arithmetic  what "sum" and "max" mean on every dtype of dtypes
 """
 
 from typing import TYPE_CHECKING

@@ -113,8 +113,8 @@ def live(group: Group, function: str = "fcomm") -> Live:
 def close(group: Group | None = None) -> None:
     """Close a group's communicators and forget it; without argument, every group of this process. Idempotent.
 
-    Every rank of the group calls it, after the last collective on the group. Groups still open at
-    exit are closed.
+    Every rank of the group calls it, after the last collective on the group. Groups still open at exit are closed.
+    Raises the first error of a communicator's end, when all have ended.
     """
     if group is not None and not isinstance(group, Group):
         raise TypeError(f"close: group is {group!r}; pass a Group, or nothing to close all of this process")
@@ -212,6 +212,7 @@ def from_process_group(
     """The ranks of a torch.distributed group, which backend c10d then uses as it is. It stays the caller's to destroy.
 
     ranks are global torch.distributed ranks, in group order. Communicates nothing.
+    Raises FcommError if torch.distributed is not initialised, pg has no store, or a live group has that name.
     """
     timeout_s = check_timeout("from_process_group", timeout_s)
     pg = dist.group.WORLD if pg is None else pg
@@ -241,7 +242,7 @@ def from_device_mesh(
 ) -> Group:
     """This process's group along one dimension of a torch DeviceMesh; dim may be left out of a 1-D mesh.
 
-    name: by default the mesh dimension's own name.
+    name: by default the mesh dimension's own name. Raises as from_process_group, and if mesh has no dimension dim.
     """
     if not isinstance(mesh, dist.DeviceMesh):
         raise TypeError(f"from_device_mesh: mesh is {mesh!r}; pass a torch DeviceMesh")
@@ -297,7 +298,10 @@ def _subgroup(function: str, parent: Group, ranks: Iterable[int], name: str, tim
 
 
 def split(parent: Group, size: int, *, name: str) -> Group:
-    """This process's block when parent is cut into consecutive blocks of `size` ranks; all blocks share the name."""
+    """This process's block when parent is cut into consecutive blocks of `size` ranks; all blocks share the name.
+
+    Communicates nothing. Raises FcommError if size does not divide parent.size, or a live group has that name.
+    """
     _check_parent("split", parent)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1 or parent.size % size:
         raise ArgumentError(
@@ -314,6 +318,7 @@ def mesh(parent: Group, **sizes: int) -> dict[str, Group]:
     """One group for each named dimension of a row-major grid: the last name varies fastest over parent's ranks.
 
     mesh(world, dp=2, tp=4): rank 5 is dp 1, tp 1; its "tp" is ranks 4..7, its "dp" ranks 1 and 5.
+    Communicates nothing. Raises FcommError if the product of the sizes is not parent.size, or a name is taken.
     """
     _check_parent("mesh", parent)
     wrong = [f"{name}={size!r}" for name, size in sizes.items() if type(size) is not int or size < 1]

@@ -1,5 +1,12 @@
 """How a machine does a collective: one file per machine, the same functions in the same order in each.
 
+    cpu.py            shared memory, by the engine in fcomm/csrc; pool.py, shm_opening.py, shm_failure.py
+    c10d.py           torch.distributed; processgroup.py
+    nccl.py, hccl.py  the vendors' tables: ccall.py calls by one, library.py finds the library, vendors.py has the
+                      handles; lowering.py has the collectives of both, machine.py lists what they stand on
+    stacked.py        a simulated axis
+    rows.py           what c10d and the vendors share; worker.py their threads
+
 A lowering is `fn(x, group, **params) -> Tensor`, called with
 
 * x: a strided tensor on one of the backend's devices, contiguous, conjugate and negative bits resolved, any dtype,
