@@ -96,34 +96,25 @@ def wait_for_failure(group: fcomm.Group) -> None:
         time.sleep(0.05)
 
 
-def fails_unnoticed(world: fcomm.Group) -> None:
-    """The last call does not end, and nobody calls or waits any more."""
-    group, on = opened(world, timeout_s=1.5)
+def fails_unnoticed(world: fcomm.Group, dead: bool) -> None:
+    """The last call does not end, for rank 1 counts as dead or makes none, and nobody calls or waits any more."""
+    group, on = opened(world, timeout_s=30 if dead else 1.5)
     if world.rank == 0:
         add(group, on)
+        if dead:
+            processes.has_ended = lambda who: who == live(group).identities[1]
     wait_for_failure(group)
-    with pytest.raises(fcomm.CollectiveTimeoutError, match="all_reduce passed its deadline"):
+    error, text = fcomm.CollectiveTimeoutError, "all_reduce passed its deadline"
+    if dead:
+        error, text = fcomm.PeerDiedError, r"rank 1 \(process \d+\) ended"
+    with pytest.raises(error, match=text):
         fcomm.close(group)
     fcomm.close(group)
 
 
-def test_closing_raises_what_no_call_has_raised() -> None:
-    run_ranks(fails_unnoticed, 2, timeout_s=60)
-
-
-def dies(world: fcomm.Group) -> None:
-    """Rank 1 counts as ended while rank 0's kernel waits for it."""
-    group, on = opened(world, timeout_s=30)
-    if world.rank == 0:
-        add(group, on)
-        processes.has_ended = lambda who: who == live(group).identities[1]
-    wait_for_failure(group)
-    with pytest.raises(fcomm.PeerDiedError, match=r"rank 1 \(process \d+\) ended"):
-        fcomm.close(group)
-
-
-def test_a_kernel_that_waits_for_a_dead_rank_is_ended() -> None:
-    run_ranks(dies, 2, timeout_s=60)
+@pytest.mark.parametrize("dead", [False, True], ids=["deadline", "dead rank"])
+def test_closing_raises_what_no_call_has_raised(dead: bool) -> None:
+    run_ranks(fails_unnoticed, 2, dead, timeout_s=60)
 
 
 def is_not_received(world: fcomm.Group) -> None:
