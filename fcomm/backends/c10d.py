@@ -24,6 +24,7 @@ from fcomm.backends.processgroup import Communicator, call, calling, compare_cal
 from fcomm.backends.rows import (
     check_blocks,
     check_same,
+    elements,
     exchange_uneven,
     header,
     misfit,
@@ -40,8 +41,7 @@ from fcomm.group import Backend, register_backend
 
 
 def _bytes(x: Tensor) -> Tensor:
-    # One element is contiguous with any stride, and a view of another width wants 1.
-    return x.contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8)
+    return elements(x, torch.uint8)
 
 
 def _exchange(on: Communicator, x: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:

@@ -25,6 +25,7 @@ from fcomm.backends.rows import (
     HEADER,
     check_blocks,
     check_same,
+    elements,
     exchange_uneven,
     header,
     misfit,
@@ -72,8 +73,7 @@ def _flat(m: Machine, x: Tensor) -> Tensor:
 
 def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
     # A tensor over someone else's buffer may start anywhere; the libraries want a multiple of the element size.
-    # One element is contiguous with any stride, and a view of another width wants 1.
-    flat = x.reshape(-1).as_strided((x.numel(),), (1,)).view(dtype)
+    flat = elements(x, dtype)
     return flat.clone() if flat.data_ptr() % dtype.itemsize else flat
 
 

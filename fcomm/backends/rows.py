@@ -14,6 +14,12 @@ from fcomm.errors import MismatchError
 from fcomm.group import Group
 
 
+def elements(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The elements of x, one after the other, as dtype; a view where x is contiguous."""
+    # One element is contiguous with any stride, and a view of another width wants 1.
+    return x.contiguous().as_strided((x.numel(),), (1,)).view(dtype)
+
+
 def unstack(rows: Tensor, dim: int) -> Tensor:
     """[n, .., d, ..] -> [.., n * d, ..]: the rows concatenated along dim (a dim of one row)."""
     return rows.movedim(0, dim).flatten(dim, dim + 1).contiguous()
