@@ -14,10 +14,10 @@ from torch import Tensor
 from fcomm.dtypes import REDUCED
 from fcomm.errors import ArgumentError
 
-OPS = ("sum", "mean", "max", "min", "prod", "band", "bor", "bxor")
 LINEAR_OPS = ("sum", "mean")
+FOLDED_OPS = (*LINEAR_OPS, "max", "min", "prod")
 BIT_OPS = ("band", "bor", "bxor")
-FOLDED_OPS = ("sum", "mean", "max", "min", "prod")
+OPS = (*FOLDED_OPS, *BIT_OPS)
 
 _REDUCED = frozenset(REDUCED)  # every reduction looks here
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fcomm.arithmetic import OPS
 from fcomm.backends.c10d import c10d
-from fcomm.backends.pool import POOLED_NBYTES, native, pooled, why_no_native
+from fcomm.backends.pool import MAX_DIMS, POOLED_NBYTES, native, pooled, why_no_native
 from fcomm.backends.rows import BOTH_OR_NONE, kind
 from fcomm.backends.shm_failure import INVALID, MISMATCH, SYSTEM, failure, poisoned
 from fcomm.backends.shm_opening import open_region, why_not_shared
@@ -324,14 +324,13 @@ def _scatter(x: Tensor, group: Group, handle: Any, *, src: int, dim: int) -> Cal
 
 # --- one edge, and none -------------------------------------------------------------------------------------------
 
-# A message's signature is its dtype and shape, of which the engine carries this many lengths: FCOMM_MAX_DIMS.
-_MOST_DIMS = 16
+# A message's signature is its dtype and shape, of which the engine carries MAX_DIMS lengths.
 
 
 def _folded(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A shape of more dimensions than a signature holds: its first lengths, and for the others a negative number."""
-    rest = shape[_MOST_DIMS - 1 :]
-    return *shape[: _MOST_DIMS - 1], ~(hash(rest) & (2**63 - 1))
+    rest = shape[MAX_DIMS - 1 :]
+    return *shape[: MAX_DIMS - 1], ~(hash(rest) & (2**63 - 1))
 
 
 def _shown(dims: Sequence[int]) -> str:
@@ -344,7 +343,7 @@ def _signature(x: Tensor, derivative: int) -> tuple[int, tuple[int, ...]]:
     """What the engine compares of a message: the dtype's code with what of a call it is above it, and the shape."""
     shape = tuple(x.shape)
     code = _CODES[x.dtype][0] | derivative % 2**23 << 8
-    return code, shape if len(shape) <= _MOST_DIMS else _folded(shape)
+    return code, shape if len(shape) <= MAX_DIMS else _folded(shape)
 
 
 def _send(x: Tensor, group: Group, handle: Any, *, dst: int, derivative: int) -> Called:

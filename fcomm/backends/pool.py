@@ -32,14 +32,14 @@ _KINDS = {
     **dict.fromkeys((torch.complex64, torch.complex128), 5),
     torch.bool: 6,
 }
-_MAX_DIMS = 16
+MAX_DIMS = 16  # FCOMM_MAX_DIMS
 
 
 def pooled(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of that shape and like's dtype; its storage cannot be resized."""
     width, kind = like.itemsize, _KINDS.get(like.dtype)
     nbytes = prod(shape) * width
-    if kind is not None and len(shape) <= _MAX_DIMS:
+    if kind is not None and len(shape) <= MAX_DIMS:
         return torch.from_dlpack(native.pool_take(nbytes, kind, 8 * width, shape))
     block = torch.from_dlpack(native.pool_take(nbytes, 1, 8, (nbytes,)))
     # Not block.view(..): a view would have a base, and autograd would watch writes through it.
