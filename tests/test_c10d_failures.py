@@ -17,15 +17,7 @@ import torch.distributed as dist
 from deadlines import hasten, tell, wait_for_word
 
 import fcomm
-from fcomm import (
-    CollectiveTimeoutError,
-    FcommError,
-    Group,
-    GroupPoisonedError,
-    MismatchError,
-    PeerDiedError,
-    processes,
-)
+from fcomm import CollectiveTimeoutError, FcommError, Group, GroupPoisonedError, MismatchError, PeerDiedError, processes
 from fcomm.backends import processgroup
 from fcomm.bootstrap import wait_for_keys
 from fcomm.rendezvous import live

@@ -22,16 +22,7 @@ from fcomm.backends import ccall
 from fcomm.backends.ccall import Library
 from fcomm.backends.failure import SLICE_S, STORE_S, give_up, limited, look_around, raise_failure
 from fcomm.backends.later import finish_sending, forget, watch
-from fcomm.backends.machine import (
-    Channel,
-    Comm,
-    Machine,
-    Team,
-    current,
-    is_capturing,
-    record,
-    stream_of,
-)
+from fcomm.backends.machine import Channel, Comm, Machine, Team, current, is_capturing, record_event, stream_of
 from fcomm.backends.worker import start_worker
 from fcomm.errors import FcommError, PeerDiedError, RendezvousError
 from fcomm.group import Group
@@ -182,7 +173,7 @@ def _open(on: Team, op: str, channel: Channel, library: Library, deadline: float
         # Connections between ranks are made by the first collective; a graph could not capture that.
         x = torch.zeros(2, device=on.device)
         _run(on, op, channel, library, lambda comm: on.machine.all_reduce(comm, x[:1], x[1:], "sum"), deadline)
-        _settle(on, op, channel, library, deadline, record(on.device))
+        _settle(on, op, channel, library, deadline, record_event(on.device))
 
 
 def _meet(on: Team, op: str, channel: Channel, library: Library, deadline: float) -> bytes:
@@ -261,7 +252,7 @@ def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None
         on.machine.destroy(library, own)
 
     try:
-        event = record(on.device)
+        event = record_event(on.device)
         _bounded(on, "close", channel, lambda: finish(event), deadline)
         channel.handle, channel.ready = ctypes.c_void_p(), False
     except Exception as error:

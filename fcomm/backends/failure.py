@@ -22,14 +22,7 @@ from fcomm.backends import ccall
 from fcomm.backends.ccall import Library
 from fcomm.backends.machine import LOG, Channel, Team, current
 from fcomm.backends.worker import start_worker
-from fcomm.errors import (
-    BackendError,
-    CollectiveTimeoutError,
-    FcommError,
-    GroupPoisonedError,
-    PeerDiedError,
-    printable,
-)
+from fcomm.errors import BackendError, CollectiveTimeoutError, FcommError, GroupPoisonedError, PeerDiedError, printable
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fcomm.backends import ccall
 from fcomm.backends.failure import BETWEEN, SLICE_S, abort, give_up, has_closed, look_around, raise_failure
-from fcomm.backends.machine import LOG, Team, current, is_capturing, record
+from fcomm.backends.machine import LOG, Team, current, is_capturing, record_event
 from fcomm.backends.worker import start_worker, started, submit_behind
 from fcomm.errors import CollectiveTimeoutError, FcommError
 
@@ -42,7 +42,7 @@ def send_later(on: Team, x: Tensor, dst: int, call: Callable[[], None]) -> None:
         except Exception:
             on.raised = False  # nobody waits for this thread: the next call on the group raises it
             raise
-        return record(on.device)
+        return record_event(on.device)
 
     while on.sending and _is_taken(on.sending[0][1], within_s=0):
         on.sending.popleft()
@@ -107,7 +107,7 @@ _WATCH_S = 0.5
 def watch(on: Team, op: str, deadline: float) -> None:
     """Have the thread look after what was just put on the current stream."""
     global _watcher  # noqa: PLW0603
-    event = record(on.device)
+    event = record_event(on.device)
     if event is None:
         return
     with on.lock:

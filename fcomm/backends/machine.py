@@ -205,7 +205,7 @@ def stream_of(device: torch.device) -> int:
     return int(getattr(stream, f"{device.type}_stream"))
 
 
-def record(device: torch.device) -> Any:
+def record_event(device: torch.device) -> Any:
     """An event behind what the current stream has so far; None on host memory and while a graph is captured."""
     if device.type == "cpu" or is_capturing(device):
         return None

@@ -71,7 +71,7 @@ class Communicator:
     owned: made here, and not the caller's.
     check: every call is compared over the ranks before it is made (FCOMM_CHECK=1).
     peers: the ranks' identities, as in fcomm/processes.py.
-    directed: send and recv use edges.
+    directed: send and recv use edges. calls, name: how many calls were made, and the collective of the last.
     sending: the sends that may still be on their way, or futures of them, with the tensors they read.
     """
 

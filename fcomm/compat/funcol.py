@@ -39,7 +39,7 @@ _NAMES = (
     (dist.ReduceOp.BXOR, "bxor"),
 )
 
-_TO_TORCH = {name: torchs for torchs, name in _OPS.items()}
+_TO_TORCH = {name: theirs for theirs, name in _OPS.items()}
 REDUCE_OP_TO_STR = {op: _TO_TORCH.get(name, name) for op, name in _NAMES}
 
 

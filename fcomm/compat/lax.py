@@ -177,7 +177,7 @@ def all_to_all(
             return _all_to_all_over(groups, backend, _array(v), split_axis, concat_axis, tiled)
         return fcomm.all_to_all(
             _array(v), groups[0], backend, split_dim=split_axis, concat_dim=concat_axis, tiled=tiled
-        )  # fmt: skip
+        )
 
     return _map(leaf, x)
 

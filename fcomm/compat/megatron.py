@@ -39,11 +39,9 @@ def _region(fn: F) -> F:
     @takes_handles
     @wraps(fn)
     def call(input_: Tensor, *args: Any, group: Group, backend: Backend, **options: Any) -> Tensor:
-        return (
-            fcomm.pvary(input_, group, backend)
-            if group.size == 1
-            else fn(input_, *args, group=group, backend=backend, **options)
-        )
+        if group.size == 1:
+            return fcomm.pvary(input_, group, backend)
+        return fn(input_, *args, group=group, backend=backend, **options)  # type: ignore[no-any-return]
 
     return cast(F, call)
 

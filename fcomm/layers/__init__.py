@@ -16,15 +16,7 @@ nn.Module, in a dict for torch.func.functional_call, or in a vmapped ensemble.
 from fcomm.layers.attend import Attend, dot_product_attention, fused_attention
 from fcomm.layers.data import gather_parameters, mean_gradients, replicate, shard_parameters
 from fcomm.layers.diffusion import STREAM, diffusion_block, joint_attention, patch_positions
-from fcomm.layers.expert import (
-    Experts,
-    expert_counts,
-    masked_experts,
-    moe_capacity,
-    moe_ragged,
-    moe_uneven,
-    route,
-)
+from fcomm.layers.expert import Experts, expert_counts, masked_experts, moe_capacity, moe_ragged, moe_uneven, route
 from fcomm.layers.gpt import GPT, cut, gpt_loss, init_params, own_tokens
 from fcomm.layers.pipeline import from_last, gpipe, one_f_one_b
 from fcomm.layers.sequence import partition, ring_attention, ulysses_attention, usp_attention, zigzag_order

@@ -37,14 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcomm.collectives import (
-    all_gather,
-    all_reduce,
-    all_reduce_invariant,
-    axis_index,
-    pvary,
-    reduce_scatter,
-)
+from fcomm.collectives import all_gather, all_reduce, all_reduce_invariant, axis_index, pvary, reduce_scatter
 from fcomm.group import Backend, Group
 from fcomm.layers.attend import Attend, dot_product_attention
 from fcomm.layers.data import replicate
