@@ -84,7 +84,7 @@ def test_mpi_in_the_same_processes(tmp_path):
 
 @pytest.mark.long
 def test_compiled(tmp_path):
-    done = _bench(tmp_path, "all_reduce", "-b", "8", "-e", "8", "--compiled", "--vs", "funcol")
+    done = _bench(tmp_path, "all_reduce", "-b", "8", "-e", "8", "--compiled", "--vs", "funcol", "-o", "prod")
     assert done.returncode == 0, done.stderr
     assert len(_lines(done.stdout)) == 1
     assert "in x + x" in done.stdout

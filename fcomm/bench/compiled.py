@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fcomm.bench.programs import Program, count_wrong
-from fcomm.bench.rivals import AbsentError, Call, Context
+from fcomm.bench.rivals import AbsentError, Call, Context, funcol_op, functional, torch_world
 
 CHAIN = 16
 
@@ -23,14 +22,11 @@ def ours(p: Program, c: Context) -> Graph:
 
 def funcol(p: Program, c: Context) -> Graph:
     """One functional collective of torch and its wait, to be chained."""
-    import torch.distributed as dist
-    import torch.distributed._functional_collectives as functional
-
     if p.name != "all_reduce":
         raise AbsentError("the compiled comparison has funcol's all_reduce only")
-    op: str = p.op
-    world: Any = dist.group.WORLD
-    return lambda x: functional.wait_tensor(functional.all_reduce(x, op, world))
+    wait, all_reduce = functional().wait_tensor, functional().all_reduce
+    op, group = funcol_op(p), torch_world()
+    return lambda x: wait(all_reduce(x, op, group))
 
 
 def check_shape(program: Program) -> None:

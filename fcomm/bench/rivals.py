@@ -138,54 +138,59 @@ C10D: dict[str, Callable[[Program, Context], Call]] = {
 # --- torch's functional collectives, with their wait -----------------------------------------------------------------
 
 
-def _funcol() -> Any:
+def functional() -> Any:
+    """The module, which takes a while to import."""
     import torch.distributed._functional_collectives as funcol
 
     return funcol
 
 
-def _world() -> Any:
+def torch_world() -> Any:
+    """torch.distributed's own world, of gloo here."""
     return dist.group.WORLD
 
 
-def _funcol_op(p: Program) -> str:
-    return {"mean": "avg", "prod": "product"}.get(p.op, p.op)
+def funcol_op(p: Program) -> str:
+    """The reduction by funcol's name."""
+    _c10d_op(p)  # what gloo has not, funcol has not
+    return {"prod": "product"}.get(p.op, p.op)
 
 
 def _waited(start: Callable[[], Any]) -> Call:
-    wait = _funcol().wait_tensor
+    wait = functional().wait_tensor
     return lambda: wait(start())
 
 
 def _funcol_all_reduce(p: Program, c: Context) -> Call:
-    call, x, op, world = _funcol().all_reduce, p.x, _funcol_op(p), _world()
+    call, x, op, world = functional().all_reduce, p.x, funcol_op(p), torch_world()
     return _waited(lambda: call(x, op, world))
 
 
 def _funcol_all_gather(p: Program, c: Context) -> Call:
     # The name changed in torch 2.13.
-    call, x, world = getattr(_funcol(), "all_gather_single", None) or _funcol().all_gather_tensor, p.x, _world()
+    call = getattr(functional(), "all_gather_single", None) or functional().all_gather_tensor
+    x, world = p.x, torch_world()
     return _waited(lambda: call(x, 0, world))
 
 
 def _funcol_reduce_scatter(p: Program, c: Context) -> Call:
-    call = getattr(_funcol(), "reduce_scatter_single", None) or _funcol().reduce_scatter_tensor
-    x, op, world = p.x, _funcol_op(p), _world()
+    call = getattr(functional(), "reduce_scatter_single", None) or functional().reduce_scatter_tensor
+    x, op, world = p.x, funcol_op(p), torch_world()
     return _waited(lambda: call(x, op, 0, world))
 
 
 def _funcol_all_to_all(p: Program, c: Context) -> Call:
-    call, x, world = _funcol().all_to_all_single, p.x, _world()
+    call, x, world = functional().all_to_all_single, p.x, torch_world()
     return _waited(lambda: call(x, None, None, world))
 
 
 def _funcol_broadcast(p: Program, c: Context) -> Call:
-    call, x, root, world = _funcol().broadcast, p.x, p.root, _world()
+    call, x, root, world = functional().broadcast, p.x, p.root, torch_world()
     return _waited(lambda: call(x, root, world))
 
 
 def _funcol_ppermute(p: Program, c: Context) -> Call:
-    call, x, world = _funcol().permute_tensor, p.x, _world()
+    call, x, world = functional().permute_tensor, p.x, torch_world()
     destinations = [(r + 1) % c.size for r in range(c.size)]
     return _waited(lambda: call(x, destinations, world))
 
