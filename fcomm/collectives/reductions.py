@@ -34,7 +34,7 @@ def all_reduce(x: Tensor, group: Group, backend: Backend, *, op: str = "sum") ->
     return apply("all_reduce", x, group, backend, op)
 
 
-def extremum_share(x: Tensor, y: Tensor, group: Group, backend: Backend) -> Tensor:
+def _extremum_share(x: Tensor, y: Tensor, group: Group, backend: Backend) -> Tensor:
     """This rank's share of the cotangent of y = max or min over the group: 1 / (number of ranks attaining it), or 0."""
     attained = ties(x.detach(), y.detach())
     return (attained / all_reduce(attained, group, backend)).to(x.dtype)
@@ -47,23 +47,23 @@ def other_ranks_product(x: Tensor, group: Group, backend: Backend) -> Tensor:
     return product_of_others(rows, ranks == axis_index(group, backend).to(x.device))
 
 
-def _weight(x: Tensor, y: Tensor, group: Group, backend: Backend, op: str) -> Tensor:
+def weight(x: Tensor, y: Tensor, group: Group, backend: Backend, op: str) -> Tensor:
     """The derivative of the fold by this rank's x, for the non-linear ops."""
     if op == "prod":
         return other_ranks_product(x, group, backend)
-    return extremum_share(x, y, group, backend)
+    return _extremum_share(x, y, group, backend)
 
 
 def _all_reduce_vjp(ct: Tensor, group: Group, backend: Backend, op: str, **xy: Any) -> Tensor:
     if op in LINEAR_OPS:
         return all_reduce(ct, group, backend, op=op)
-    return all_reduce(ct, group, backend) * _weight(**xy, group=group, backend=backend, op=op).conj()
+    return all_reduce(ct, group, backend) * weight(**xy, group=group, backend=backend, op=op).conj()
 
 
 def _all_reduce_jvp(t: Tensor, group: Group, backend: Backend, op: str, **xy: Any) -> Tensor:
     if op in LINEAR_OPS:
         return all_reduce(t, group, backend, op=op)
-    return all_reduce(t * _weight(**xy, group=group, backend=backend, op=op), group, backend)
+    return all_reduce(t * weight(**xy, group=group, backend=backend, op=op), group, backend)
 
 
 define(

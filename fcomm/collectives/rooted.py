@@ -14,7 +14,7 @@ from fcomm.arithmetic import LINEAR_OPS, divide, fold
 from fcomm.collectives import checks
 from fcomm.collectives.blocks import own_block
 from fcomm.collectives.exchange import concat
-from fcomm.collectives.reductions import extremum_share, other_ranks_product
+from fcomm.collectives.reductions import weight
 from fcomm.group import Backend, Group
 from fcomm.registration import apply, define
 
@@ -62,9 +62,8 @@ def reduce(x: Tensor, group: Group, backend: Backend, *, dst: int = 0, op: str =
 
 
 def _weight(x: Tensor, y: Tensor, group: Group, backend: Backend, dst: int, op: str) -> Tensor:
-    if op == "prod":
-        return other_ranks_product(x, group, backend)
-    return extremum_share(x, broadcast(y, group, backend, src=dst), group, backend)
+    # Off the root y is zeros; a product's weight is of x alone.
+    return weight(x, y if op == "prod" else broadcast(y, group, backend, src=dst), group, backend, op)
 
 
 def _reduce_vjp(ct: Tensor, group: Group, backend: Backend, dst: int, op: str, **xy: Any) -> Tensor:
