@@ -245,6 +245,10 @@ def test_under_vmap_and_compiled() -> None:
         (lambda x: lax.all_to_all(x, *HANDLES, 0, 0, tiled=True), "not divisible by group 'i' of size 4"),
         (lambda x: lax.psum_scatter(x, *HANDLES), r"reduce_scatter: x.shape\[0\] is 6"),
         (lambda x: lax.all_gather(x, *HANDLES, axis=3), "all_gather: axis is 3"),
+        (lambda x: lax.all_gather(x, *HANDLES, axis=2, axis_index_groups=[[0, 1], [2, 3]]), "all_gather: axis is 2"),
+        (lambda x: lax.all_to_all(x, *HANDLES, 1, 0, axis_index_groups=[[0, 1], [2, 3]]), "split_axis is 1"),
+        (lambda x: lax.all_to_all(x, (AXIS, COLUMNS), fcomm.sim, 0, 1), "concat_axis is 1"),
+        (lambda x: lax.psum_scatter(x, *HANDLES, scatter_dimension=1, axis_index_groups=[[0, 1], [2, 3]]), "sion is 1"),
         (lambda x: lax.all_gather(x, *HANDLES, to="elsewhere"), "to is 'elsewhere'"),
         (lambda x: lax.ppermute(x, *HANDLES, [(0, 1), (1, 1)]), "destination 1 twice"),
         (lambda x: lax.pshuffle(x, *HANDLES, [0, 0, 1, 2]), "does not represent a permutation"),
@@ -412,6 +416,63 @@ def test_blocks_list_their_ranks_in_any_order() -> None:
     integers = on_axis(lambda x: lax.psum(x, *HANDLES, axis_index_groups=blocks), x.int())
     assert integers.dtype == torch.int32
     assert integers.tolist() == [2, 4, 2, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_blocks_and_several_groups_take_unsigned_integers(dtype: torch.dtype) -> None:
+    blocks: dict[str, Any] = {"axis_index_groups": [[2, 0], [1, 3]]}
+    top = torch.iinfo(dtype).max  # which the signed dtype of its width has not
+    x = torch.tensor([[0, 1], [top, 2], [3, top], [4, 5]], dtype=dtype)
+
+    def rows(call: Callable[[Tensor], Any]) -> Any:
+        y = on_axis(call, x)
+        assert y.dtype == dtype
+        return y.tolist()
+
+    assert rows(lambda x: lax.psum(x, *HANDLES, **blocks)) == [[3, 0], [3, 7], [3, 0], [3, 7]]
+    assert rows(lambda x: lax.pmax(x, *HANDLES, **blocks)) == [[3, top], [top, 5]] * 2
+    assert rows(lambda x: lax.pmin(x, *HANDLES, axis_index_groups=[[0, 1, 3], [2]])) == [
+        [0, 1],
+        [0, 1],
+        [3, top],
+        [0, 1],
+    ]
+    assert rows(lambda x: lax.all_gather(x, *HANDLES, tiled=True, **blocks)) == [[3, top, 0, 1], [top, 2, 4, 5]] * 2
+    assert rows(lambda x: lax.psum_scatter(x, *HANDLES, **blocks)) == [0, 3, 3, 7]
+    assert rows(lambda x: lax.all_to_all(x, *HANDLES, 0, 0, **blocks)) == [[top, 1], [top, 4], [3, 0], [2, 5]]
+
+    def over_two(x: Tensor) -> Any:
+        return lax.ppermute(x, (ROWS, COLUMNS), fcomm.sim, [(0, 5), (5, 1)])
+
+    x = torch.tensor([[top, 1, 2], [3, 4, top - 1]], dtype=dtype)
+    y = fcomm.simulate(fcomm.simulate(over_two, COLUMNS), ROWS)(x)
+    assert y.dtype == dtype
+    assert y.tolist() == [[0, top - 1, 0], [0, 0, top]]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: lax.all_gather(x, *HANDLES, tiled=True),
+        lambda x: lax.all_gather(x, *HANDLES, tiled=True, axis_index_groups=[[0, 1], [2, 3]]),
+        lambda x: lax.psum_scatter(x, *HANDLES),
+        lambda x: lax.psum_scatter(x, *HANDLES, axis_index_groups=[[0, 1], [2, 3]]),
+        lambda x: lax.all_to_all(x, *HANDLES, 0, 0),
+        lambda x: lax.all_to_all(x, *HANDLES, 0, 0, tiled=True, axis_index_groups=[[0, 1], [2, 3]]),
+        lambda x: lax.all_to_all(x, (*HANDLES[:1], ROWS), fcomm.sim, 0, 0),
+        lambda x: lax.pswapaxes(x, *HANDLES, 0, axis_index_groups=[[0, 1], [2, 3]]),
+    ],
+)
+def test_a_scalar_has_no_axis_to_cut(call: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(ValueError, match=r"(axis|dim|scatter_dimension) is 0") as caught:
+        on_axis(call, torch.zeros(N))
+    assert isinstance(caught.value, FcommError)
+
+
+@pytest.mark.parametrize("blocks", [[[0, 1], [2, 3]], [[0, 1, 3], [2]]])
+def test_an_extremum_over_blocks_of_complex_numbers_says_so(blocks: list[list[int]]) -> None:
+    with pytest.raises(TypeError, match="op 'max' needs an order"):
+        on_axis(lambda x: lax.pmax(x, *HANDLES, axis_index_groups=blocks), torch.zeros(N, 2, dtype=torch.complex64))
 
 
 UNEQUAL = [[0, 3, 1], [2]]

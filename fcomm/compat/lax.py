@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import fcomm
-from fcomm.arithmetic import fold
+from fcomm.arithmetic import FLOAT8, fold
 from fcomm.collectives import checks
+from fcomm.dtypes import REDUCED
 from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 
@@ -31,6 +32,8 @@ Tree = Any
 Groups = Group | Sequence[Group]
 Blocks = Sequence[Sequence[int]] | None
 _NUMBERS = (bool, int, float, complex)
+# Batched, torch has index_select of no others; indexing, which is slower, it has of all but bits.
+_SELECTED = frozenset(REDUCED) - {torch.uint16, torch.uint32, torch.uint64, *FLOAT8}
 
 
 def psum(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks = None) -> Tree:
@@ -110,16 +113,15 @@ def all_gather(
         raise ArgumentError(f"all_gather: to is {to!r}; choose one of varying, reduced, invarying")
 
     def leaf(v: Any) -> Any:
-        v = _array(v)
+        v, groups = _array(v), _groups(group)
+        if not groups and axis_index_groups is None:
+            return v
+        dim = _canonical("all_gather", "axis", axis, v, group, new=0 if tiled else 1)
         if axis_index_groups is not None:
             if to == "invarying":
                 raise ArgumentError("all_gather: axis_index_groups needs to='varying'; use a group of those ranks")
-            return _concatenated(_of_block("all_gather", v, group, backend, axis_index_groups), axis, tiled)
+            return _concatenated(_of_block("all_gather", v, group, backend, axis_index_groups), dim, tiled)
         gather = fcomm.all_gather_invariant if to == "invarying" else fcomm.all_gather
-        groups = _groups(group)
-        if not groups:
-            return v
-        dim = checks.canonical_dim("all_gather", "axis", axis, v, groups[-1], new=0 if tiled else 1)
         v = v if tiled else v.unsqueeze(dim)
         for g in reversed(groups):
             v = gather(v, g, backend, dim=dim)
@@ -142,7 +144,8 @@ def psum_scatter(
     def leaf(v: Any) -> Any:
         if axis_index_groups is not None:
             v = _fold("psum_scatter", _array(v), group, backend, "sum", axis_index_groups)
-            return _own("psum_scatter", v, group, backend, axis_index_groups, scatter_dimension, tiled)
+            dim = _canonical("psum_scatter", "scatter_dimension", scatter_dimension, v, group)
+            return _own("psum_scatter", v, group, backend, axis_index_groups, dim, tiled)
         v, groups = _array(v), _groups(group)
         if not groups:
             return v
@@ -167,17 +170,16 @@ def all_to_all(
     """Row r of split_axis goes to rank r; the rows received are stacked on concat_axis. tiled: blocks, concatenated."""
 
     def leaf(v: Any) -> Any:
+        v, groups = _array(v), _some_groups("all_to_all", group)
+        a = _canonical("all_to_all", "split_axis", split_axis, v, groups)
+        b = _canonical("all_to_all", "concat_axis", concat_axis, v, groups)
         if axis_index_groups is not None:
-            rows = _of_block("all_to_all", _array(v), group, backend, axis_index_groups)
-            a, b = split_axis % (rows.dim() - 1), concat_axis % (rows.dim() - 1)
-            rows = _own("all_to_all", rows, group, backend, axis_index_groups, a + 1, tiled)
+            rows = _of_block("all_to_all", v, groups, backend, axis_index_groups)
+            rows = _own("all_to_all", rows, groups, backend, axis_index_groups, a + 1, tiled)
             return _concatenated(rows, b, tiled)
-        groups = _some_groups("all_to_all", group)
         if len(groups) > 1:
-            return _all_to_all_over(groups, backend, _array(v), split_axis, concat_axis, tiled)
-        return fcomm.all_to_all(
-            _array(v), groups[0], backend, split_dim=split_axis, concat_dim=concat_axis, tiled=tiled
-        )
+            return _all_to_all_over(groups, backend, v, a, b, tiled)
+        return fcomm.all_to_all(v, groups[0], backend, split_dim=a, concat_dim=b, tiled=tiled)
 
     return _map(leaf, x)
 
@@ -185,7 +187,7 @@ def all_to_all(
 def _all_to_all_over(groups: tuple[Group, ...], backend: Backend, x: Tensor, a: int, b: int, tiled: bool) -> Tensor:
     """One exchange for each group, along a dimension of its own: rows[i, j] goes to rank (i, j)."""
     sizes = [g.size for g in groups]
-    n, a, b = math.prod(sizes), a % x.dim(), b % x.dim()
+    n = math.prod(sizes)
     if x.shape[a] % n if tiled else x.shape[a] != n:
         raise ArgumentError(
             f"all_to_all: x.shape[{a}] is {x.shape[a]}; the {n} ranks of groups {[g.name for g in groups]} need "
@@ -259,7 +261,7 @@ def ppermute(x: Tree, group: Groups, backend: Backend, perm: Iterable[tuple[int,
         rows = all_gather(v, groups, backend)
         rows = torch.cat([rows, torch.zeros_like(rows[:1])])
         source = source_of.index_select(0, axis_index(groups, backend).reshape(1))
-        return rows.index_select(0, source.to(v.device)).squeeze(0)
+        return _select(rows, 0, source).squeeze(0)
 
     return _map(leaf, x)
 
@@ -347,19 +349,30 @@ def _array(v: Any) -> Tensor:
     return v if isinstance(v, Tensor) else torch.as_tensor(v)
 
 
+def _canonical(name: str, option: str, dim: int, x: Tensor, group: Groups, new: int = 0) -> int:
+    return checks.canonical_dim(name, option, dim, x, _some_groups(name, group)[-1], new=new)
+
+
+def _select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """x.index_select, where torch has that."""
+    index = index.to(x.device)
+    return x.index_select(dim, index) if x.dtype in _SELECTED else x.movedim(dim, 0)[index].movedim(0, dim)
+
+
 def _fold(name: str, x: Tensor, group: Groups, backend: Backend, op: str, blocks: Blocks) -> Tensor:
     if blocks is None:
         for g in _groups(group):
             x = fcomm.all_reduce(x, g, backend, op=op)
         return x
     _size(name, group, backend, blocks)
+    checks.op_of(name, op, x)
     if len({len(block) for block in blocks}) == 1:
         return fold(_of_block(name, x, group, backend, blocks).unbind(0), op)
     rows = all_gather(x, group, backend)
     folded = torch.stack([fold([rows[int(r)] for r in block], op) for block in blocks])
     block_of = {int(r): k for k, block in enumerate(blocks) for r in block}
     own = torch.tensor([block_of[r] for r in sorted(block_of)]).index_select(0, axis_index(group, backend).reshape(1))
-    return folded.index_select(0, own.to(x.device)).squeeze(0)
+    return _select(folded, 0, own).squeeze(0)
 
 
 # --- axis_index_groups: the ranks in blocks, of one length but for reductions -------------------------------------
@@ -396,26 +409,25 @@ def _of_block(name: str, x: Tensor, group: Groups, backend: Backend, blocks: Seq
     """x of every rank of this rank's block, stacked."""
     members, _ = _block(name, group, backend, blocks)
     rows: Tensor = all_gather(x, group, backend)
-    return rows.index_select(0, members.to(x.device))
+    return _select(rows, 0, members)
 
 
 def _own(
     name: str, x: Tensor, group: Groups, backend: Backend, blocks: Sequence[Sequence[int]], dim: int, tiled: bool
 ) -> Tensor:
     """This rank's row of dim; tiled: its part."""
-    n, dim = _size(name, group, backend, blocks), dim % x.dim()
+    n = _size(name, group, backend, blocks)
     _, place = _block(name, group, backend, blocks)
     if x.shape[dim] % n if tiled else x.shape[dim] != n:
         raise ArgumentError(f"{name}: an axis of length {x.shape[dim]} does not fit blocks of {n} ranks")
     x = x.unflatten(dim, (n, x.shape[dim] // n)) if tiled else x
-    return x.index_select(dim, place.to(x.device)).squeeze(dim)
+    return _select(x, dim, place).squeeze(dim)
 
 
 def _concatenated(rows: Tensor, dim: int, tiled: bool) -> Tensor:
     """rows stacked on dim; tiled: concatenated along it."""
     if not tiled:
         return rows.movedim(0, dim)
-    dim %= rows.dim() - 1
     return rows.movedim(0, dim).flatten(dim, dim + 1)
 
 
