@@ -67,6 +67,7 @@ def fold(xs: Sequence[Tensor], op: str) -> Tensor:
 
     float16, bfloat16 and float8 accumulate in float32 and round once. Integers wrap around; integer means truncate
     toward zero. bool: sum and max are "or", prod and min are "and". max and min give NaN where any input is NaN.
+    Complex sums and means are those of the parts.
     """
     dtype = xs[0].dtype
     if dtype in _WIDE:
@@ -75,6 +76,8 @@ def fold(xs: Sequence[Tensor], op: str) -> Tensor:
         return _fold_unsigned(xs, op)
     if op in ("max", "min") and dtype.is_floating_point:
         return _extremum(torch.stack(list(xs)), op)
+    if dtype.is_complex and op in LINEAR_OPS:
+        return torch.view_as_complex(fold([_parts(x) for x in xs], op))
     total = reduce(_FOLD[op], xs) if len(xs) > 1 else xs[0].clone()
     return divide(total, len(xs)) if op == "mean" else total
 
@@ -93,11 +96,18 @@ def _extremum(rows: Tensor, op: str) -> Tensor:
     return torch.where(nan.any(0), mean, extremum)
 
 
+def _parts(x: Tensor) -> Tensor:
+    """Real and imaginary part: torch.add multiplies a complex number by 1 + 0j first, which makes NaN of infinity."""
+    return torch.view_as_real(x.resolve_conj())
+
+
 def divide(total: Tensor, size: int) -> Tensor:
-    """total / size; of integers toward zero, of float8, which torch does not divide, by way of float32."""
+    """total / size, of complex numbers by parts; of integers toward zero, of float8 by way of float32."""
     if total.dtype in FLOAT8:
         return divide(total.to(torch.float32), size).to(total.dtype)
-    if total.dtype.is_floating_point or total.dtype.is_complex:
+    if total.dtype.is_complex:
+        return torch.view_as_complex(_parts(total) / size)
+    if total.dtype.is_floating_point:
         return total / size
     return torch.div(total, size, rounding_mode="trunc")
 

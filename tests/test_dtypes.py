@@ -109,6 +109,64 @@ def test_17_dtypes_by_8_ops_are_right_to_the_bit_or_raise_by_name(size: int) -> 
     write(results[0])
 
 
+OF_PARTS: dict[str, Any] = {
+    "all_reduce": fcomm.all_reduce,
+    "all_reduce mean": lambda x, g, b: fcomm.all_reduce(x, g, b, op="mean"),
+    "reduce mean": lambda x, g, b: fcomm.reduce(x, g, b, op="mean"),
+    "reduce_scatter": lambda x, g, b: fcomm.reduce_scatter(x.repeat(g.size), g, b),
+    "reduce_scatter mean": lambda x, g, b: fcomm.reduce_scatter(x.repeat(g.size), g, b, op="mean"),
+    "scan": fcomm.scan,
+    "vjp": lambda x, g, b: torch.func.vjp(lambda y: fcomm.all_reduce(y, g, b, op="mean"), x)[1](x)[0],
+    "vjp of the invariant": lambda x, g, b: torch.func.vjp(
+        lambda y: fcomm.all_reduce_invariant(y, g, b, op="mean"), x[:1]
+    )[1](torch.full((1,), complex(torch.inf, 1), dtype=x.dtype))[0],
+    "ragged_all_to_all": lambda x, g, b: fcomm.ragged_all_to_all(
+        x, torch.zeros(g.size, dtype=x.dtype), *ragged_numbers(x, g, b), g, b
+    ),
+}
+
+
+def ragged_numbers(x: Tensor, group: Group, backend: fcomm.Backend) -> list[Tensor]:
+    """Every rank sends its first row to the row of its number."""
+    one = torch.ones(group.size, dtype=torch.int64)
+    return [0 * one, one, fcomm.axis_index(group, backend) * one, one]
+
+
+def parts(size: int) -> Tensor:
+    """Complex numbers of which some part is infinite, or no number, and the other is finite."""
+    inf, nan = torch.inf, torch.nan
+    columns = [(inf, 0), (0, -inf), (nan, 1), (2, nan), (3, 4), (inf, -1), (5, inf)]
+    numbers = torch.tensor(columns, dtype=torch.float64)
+    return torch.view_as_complex(torch.stack([numbers.roll(r, 0) for r in range(size)]))
+
+
+def by_parts(world: Group, x: Tensor) -> dict[str, dict[str, Tensor]]:
+    backends = {"cpu": fcomm.cpu, "c10d": fcomm.c10d}
+    return {
+        b: {name: call(x[world.rank or 0], world, of) for name, call in OF_PARTS.items()} for b, of in backends.items()
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_complex_numbers_are_added_and_divided_by_their_parts(size: int) -> None:
+    """torch's own sum of inf and 1j is inf+nanj: it multiplies one of the two by 1."""
+    x = parts(size)
+    axis = fcomm.axis(f"parts of {size}", size)
+    simulated = {
+        name: fcomm.simulate(lambda x, call=call: call(x, axis, fcomm.sim), axis)(x) for name, call in OF_PARTS.items()
+    }
+    total = torch.view_as_real(x).sum(0)
+    assert torch.equal(bits(torch.view_as_real(simulated["all_reduce"])), bits(total.expand(size, -1, -1)))
+    assert torch.equal(
+        bits(torch.view_as_real(simulated["all_reduce mean"])), bits((total / size).expand(size, -1, -1))
+    )
+    assert torch.equal(bits(simulated["ragged_all_to_all"]), bits(x[:, 0].expand(size, -1)))
+    for rank, on_backends in enumerate(run_ranks(by_parts, size, x)):
+        for backend, got in on_backends.items():
+            for name, y in got.items():
+                assert torch.equal(bits(y), bits(simulated[name][rank])), (backend, name, y, simulated[name][rank])
+
+
 def moved(world: Group) -> list[str]:
     failures = []
     n, rank = world.size, world.rank or 0

@@ -110,7 +110,9 @@ def _is_native(on: Communicator, dtype: torch.dtype, op: str) -> bool:
 
 def _all_reduce(x: Tensor, on: Communicator, *, op: str) -> Tensor:
     if op == "mean" and x.dtype in _NATIVE_OF_TWO["sum"] and _is_native(on, x.dtype, "sum"):
-        return _all_reduce(x, on, op="sum").div_(on.size)
+        y = _all_reduce(x, on, op="sum")
+        (torch.view_as_real(y) if y.is_complex() else y).div_(on.size)
+        return y
     if not _is_native(on, x.dtype, op):
         return _fold_rows(on, x, lambda blocks: fold(blocks, op).expand(on.size, -1).contiguous())
     y = x.clone()

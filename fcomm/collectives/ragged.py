@@ -151,8 +151,8 @@ def _vjp(
     return apply("ragged_all_to_all", (ct, *back), group, backend, sent_rows, rows)
 
 
-# torch does not add them; the others it adds in place.
-_FOLDED = (*FLOAT8, torch.uint16, torch.uint32, torch.uint64)
+# torch does not add them, or not by parts; the others it adds in place.
+_FOLDED = (*FLOAT8, torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.complex128)
 
 
 def _compose(
