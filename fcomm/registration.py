@@ -609,7 +609,10 @@ def _node(record: Record, op: Any) -> Any:
         def jvp(ctx: Any, _: Any, *tangents: Any) -> Tensor:
             if record.jvp is None:
                 raise FcommError(f"{record.name}: it has no derivative; detach its argument")
-            with _bound_again(ctx, True) as (group, backend, residuals):
+            # torch turns forward mode off here, for all levels: a jvp around this one would be silently zero.
+            with _bound_again(ctx, True) as (group, backend, saved), fwd._set_fwd_grad_enabled(True):
+                # Of this level the tangents are taken already.
+                residuals = {name: torch._VF._unpack_dual(x, level=0).primal for name, x in saved.items()}
                 # torch gives a tangent the batch dims of its primal, or not, by the layout of the two; a rank that
                 # communicates a batch and one that does not would wait for each other for ever.
                 false = torch.zeros((), dtype=torch.bool, device=residuals["y"].device)

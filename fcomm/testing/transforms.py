@@ -221,6 +221,10 @@ TRANSFORMS: dict[str, Transform] = {
         lambda f, x, ct, t: _pull(lambda x: _push(f, x, t), x, ct),
         lambda m, x, ct, t: m.rows_x(_pull(lambda x: _push(m.fn, x, t), x, ct)),
     ),
+    "jvp of jvp": Transform(
+        lambda f, x, ct, t: _push(lambda x: _push(f, x, x.sin()), x, t),
+        lambda m, x, ct, t: m.rows_y(_push(lambda x: _push(m.fn, x, x.sin()), x, t)),
+    ),
     "vmap": Transform(
         lambda f, x, ct, t: vmap(f, in_dims=-1)(torch.stack(_examples(x), -1)),
         lambda m, x, ct, t: _each(m.rows_y, m.fn, x),
