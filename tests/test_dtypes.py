@@ -135,7 +135,7 @@ def ragged_numbers(x: Tensor, group: Group, backend: fcomm.Backend) -> list[Tens
 def parts(size: int) -> Tensor:
     """Complex numbers of which some part is infinite, or no number, and the other is finite."""
     inf, nan = torch.inf, torch.nan
-    columns = [(inf, 0), (0, -inf), (nan, 1), (2, nan), (3, 4), (inf, -1), (5, inf)]
+    columns = [(inf, 0), (0, -inf), (nan, 1), (2, nan), (3, 4), (inf, -1), (-0.0, inf)]
     numbers = torch.tensor(columns, dtype=torch.float64)
     return torch.view_as_complex(torch.stack([numbers.roll(r, 0) for r in range(size)]))
 
@@ -165,6 +165,34 @@ def test_complex_numbers_are_added_and_divided_by_their_parts(size: int) -> None
         for backend, got in on_backends.items():
             for name, y in got.items():
                 assert torch.equal(bits(y), bits(simulated[name][rank])), (backend, name, y, simulated[name][rank])
+
+
+def zeros_with_signs(group: Group, backend: fcomm.Backend, x: Tensor) -> Tensor:
+    """Every rank's first row lands in the row of its number; another row comes from nowhere."""
+    place = ragged_numbers(x, group, backend)
+
+    def core(x: Tensor) -> Tensor:
+        return fcomm.ragged_all_to_all(x, torch.ones(group.size + 1, dtype=x.dtype), *place, group, backend)
+
+    y, pull = torch.func.vjp(core, x)
+    return torch.cat([y, pull(torch.full_like(y, -0.0))[0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
+def test_rows_that_move_keep_the_sign_of_their_zeros(dtype: torch.dtype) -> None:
+    x = torch.tensor([[-0.0, 3, 4], [0.0, 1, 2]], dtype=torch.float64).to(dtype)
+    axis = fcomm.axis("signs", 2)
+    simulated = fcomm.simulate(partial(zeros_with_signs, axis, fcomm.sim), axis)(x)
+    # The received rows and output's own, then the cotangent: of x[0], sent to both ranks, and of the rows not sent.
+    expected = torch.tensor([-0.0, 0, 1, -0.0, 0, 0], dtype=torch.float64)
+    for row in simulated:
+        assert torch.equal(bits(row.real if dtype.is_complex else row), bits(expected.to(row.real.dtype)))
+    for rank, y in enumerate(run_ranks(zeros_with_signs_here, 2, x)):
+        assert torch.equal(bits(y), bits(simulated[rank]))
+
+
+def zeros_with_signs_here(world: Group, x: Tensor) -> Tensor:
+    return zeros_with_signs(world, fcomm.c10d, x[world.rank or 0])
 
 
 def moved(world: Group) -> list[str]:

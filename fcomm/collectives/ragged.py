@@ -122,17 +122,25 @@ def _spec(
         ys = _spec(raw, input_offsets, send_sizes, output_offsets, recv_sizes, rows, sent_rows)
         return [y.view(dtype) for y in ys]
     ys = []
+    zero = _neutral(dtype)
     for r in range(len(xs)):
-        y = xs[r].new_zeros((rows, *xs[r].shape[1:]))
+        y = xs[r].new_full((rows, *xs[r].shape[1:]), zero)
+        received = torch.zeros(rows, dtype=torch.bool, device=y.device)
         for s in range(len(xs)):
             # A zero row to point at, where the row of y is not in the slice from s.
-            x = torch.cat([xs[s], xs[s].new_zeros((1, *xs[s].shape[1:]))])
+            x = torch.cat([xs[s], xs[s].new_full((1, *xs[s].shape[1:]), zero)])
             start, size = output_offsets[s][r], send_sizes[s][r]
             p = torch.arange(rows, device=x.device)
             hit = (p >= start) & (p < start + size)
             y = fold([y, x[torch.where(hit, p - start + input_offsets[s][r], x.shape[0] - 1)]], "sum")
-        ys.append(y)
+            received = received | hit
+        ys.append(_choose(received, y, torch.zeros_like(y)) if dtype.is_floating_point or dtype.is_complex else y)
     return ys
+
+
+def _neutral(dtype: torch.dtype) -> float | complex:
+    """The number whose sum with any other is that, the sign of a zero included."""
+    return complex(-0.0, -0.0) if dtype.is_complex else -0.0 if dtype.is_floating_point else 0
 
 
 def _vjp(
@@ -180,7 +188,12 @@ def _compose(
             )
     packed = torch.cat([x[o : o + d] for o, d in zip(starts, sends, strict=True)])
     got = all_to_all(packed, group, backend, send_sizes=sends, recv_sizes=recvs)
-    y = x.new_zeros((rows, *x.shape[1:]))
+    y = x.new_full((rows, *x.shape[1:]), _neutral(x.dtype))
+    end = 0
+    for o, d in sorted((o, d) for o, d in zip(lands, recvs, strict=True) if d) + [(rows, 0)]:
+        if o > end:  # rows from nowhere
+            y.narrow(0, end, o - end).zero_()
+        end = max(end, o + d)
     for block, o in zip(got.split(recvs), lands, strict=True):
         part = y.narrow(0, o, block.shape[0])
         part.copy_(fold([part, block], "sum")) if x.dtype in _FOLDED else part.add_(block)
