@@ -298,6 +298,10 @@ FASTVIDEO = [
         lambda xs: everywhere(torch.stack(xs).prod(0), len(xs)),
     ),
     Face("fastvideo.all_gather", fastvideo.all_gather, small, lambda xs: whole(xs, -1)),
+    Face(
+        "fastvideo.slice", lambda x, g, b: fastvideo.slice(x, g, b, scale_grad=False), wide,
+        lambda xs: _own_slices(xs, -1), lambda cts: _gathered(cts, -1),
+    ),
     Face("fastvideo.all_to_all_4D", fastvideo.all_to_all_4D, _heads, lambda xs: exchanged(xs, 2, 1)),
     Face(
         "fastvideo.all_to_all_4D back", lambda x, g, b: fastvideo.all_to_all_4D(x, 1, 2, group=g, backend=b), _heads,

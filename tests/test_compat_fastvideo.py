@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+import time
 from collections import OrderedDict, namedtuple
 from datetime import timedelta
 from typing import Any
@@ -71,6 +72,29 @@ def test_ring_of_defaults_simulated() -> None:
 
     x = torch.randn(3, 2)
     assert torch.equal(fcomm.simulate(ring, axis)(x), x.roll(1, 0))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_slice_with_scale_grad_divides_the_derivative_alone(n: int) -> None:
+    axis = fcomm.axis("sp", n)
+
+    def program(x: Tensor, ct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def cut(x: Tensor) -> Tensor:
+            return fastvideo.slice(x, axis, fcomm.sim, dim=-2, scale_grad=True)
+
+        y, pull = torch.func.vjp(cut, x)
+        return y, pull(ct)[0], torch.func.jvp(cut, (x,), (torch.ones_like(x),))[1]
+
+    x, ct = torch.randn(2, 2, 2 * n, 3, dtype=torch.float64)
+    x[0, 0, 0], ct[0, 0, 0] = -torch.inf, 0  # as in a mask
+    run = fcomm.simulate(program, axis)
+    arguments = x.repeat(n, 1, 1, 1), torch.stack(ct.chunk(n, 1))
+    for y, grad, tangent in (run(*arguments), torch.compile(run, fullgraph=True, backend="aot_eager")(*arguments)):
+        assert torch.equal(y, torch.stack(x.chunk(n, 1)))
+        torch.testing.assert_close(grad, (ct / n).expand(n, *ct.shape))
+        torch.testing.assert_close(tangent, torch.ones_like(y).where(y.isfinite(), 0) / n)
+    ints = fcomm.simulate(lambda x: fastvideo.slice(x, axis, fcomm.sim, scale_grad=True, dim=0), axis)
+    assert torch.equal(ints(torch.arange(n).expand(n, n)), torch.arange(n)[:, None])
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
@@ -236,3 +260,63 @@ def late(world: fcomm.Group, port: int) -> str:
 
 def test_a_message_that_never_comes_is_named() -> None:
     assert "rank 0" in run_ranks(late, 2, free_port())[1]
+
+
+def ends_after_a_barrier(world: fcomm.Group, port: int) -> None:
+    pg = StatelessProcessGroup.create("127.0.0.1", port, world.rank or 0, world.size)
+    if world.rank == 1:
+        read = fastvideo.decode
+
+        def slowly(frame: bytes) -> Any:
+            time.sleep(0.3)
+            return read(frame)
+
+        fastvideo.decode = slowly
+    pg.barrier()
+    pg.close()  # with rank 0 ends the store
+
+
+def test_after_a_barrier_every_rank_may_end() -> None:
+    run_ranks(ends_after_a_barrier, 3, free_port())
+
+
+def loses_its_store(world: fcomm.Group, port: int) -> None:
+    pg = StatelessProcessGroup.create("127.0.0.1", port, world.rank or 0, 2, store_timeout=60)
+    assert live(pg.group).timeout_s == 60
+    if world.rank == 0:
+        pg.send_obj("last", dst=1)
+        pg.store.wait(["read"], timedelta(seconds=60))
+        pg.close()
+        return
+    store = pg.store
+
+    class Ends:
+        """The store, which ends when a message has been read."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def get(self, key: str) -> bytes:
+            frame = store.get(key)
+            store.set("read", "")
+            while not lost(store):
+                time.sleep(0.01)
+            return frame
+
+    live(pg.group).store = Ends()  # type: ignore[assignment]
+    assert pg.recv_obj(src=0) == "last"
+    with pytest.raises(fcomm.PeerDiedError, match=r"recv_obj: the store of group .* is lost .* rank 0") as caught:
+        pg.recv_obj(src=0)
+    assert not isinstance(caught.value, TimeoutError)
+
+
+def lost(store: dist.Store) -> bool:
+    try:
+        store.check(["read"])
+    except dist.DistNetworkError:
+        return True
+    return False
+
+
+def test_a_lost_store_is_named() -> None:
+    run_ranks(loses_its_store, 2, free_port())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -19,12 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fcomm
+from fcomm import processes
 from fcomm.compat.funcol import ReduceOp, op_name
 from fcomm.compat.handles import takes_handles
 from fcomm.dtypes import CODES
-from fcomm.errors import ArgumentError, CollectiveTimeoutError, FcommError
+from fcomm.errors import ArgumentError, CollectiveTimeoutError, FcommError, PeerDiedError
 from fcomm.group import Backend, Group
-from fcomm.rendezvous import DEFAULT_TIMEOUT_S, live
+from fcomm.rendezvous import live
 
 
 @takes_handles
@@ -37,6 +39,16 @@ def all_reduce(input_: Tensor, op: ReduceOp | None = dist.ReduceOp.SUM, *, group
 def all_gather(input_: Tensor, dim: int = -1, *, group: Group, backend: Backend) -> Tensor:
     """Concatenate every rank's input_ along dim."""
     return fcomm.all_gather(input_, group, backend, dim=dim)
+
+
+@takes_handles
+def slice(input_: Tensor, dim: int = -1, *, scale_grad: bool, group: Group, backend: Backend) -> Tensor:
+    """This rank's slice of dim of a replicated value; its cotangents are gathered, and divided by n for scale_grad."""
+    y = fcomm.shard(input_, group, backend, dim=dim)
+    if not scale_grad or not (y.is_floating_point() or y.is_complex()):
+        return y
+    finite = y.masked_fill(~y.isfinite(), 0)  # inf - inf would be nan
+    return y.detach() + (finite - finite.detach()) / group.size
 
 
 @takes_handles
@@ -118,14 +130,19 @@ class StatelessProcessGroup:
 
     @staticmethod
     def create(
-        host: str, port: int, rank: int, world_size: int, data_expiration_seconds: int = 3600
+        host: str,
+        port: int,
+        rank: int,
+        world_size: int,
+        data_expiration_seconds: int = 3600,
+        store_timeout: int = 300,
     ) -> StatelessProcessGroup:
         """A group of its own store at host:port, which rank 0 serves; no torch.distributed state is made.
 
-        data_expiration_seconds: deadline of every wait, at most fcomm's default.
+        data_expiration_seconds, and vLLM's store_timeout: the lesser is the deadline of every wait.
         Raises RendezvousError naming the ranks that are missing.
         """
-        timeout_s = min(float(data_expiration_seconds), DEFAULT_TIMEOUT_S)
+        timeout_s = float(min(data_expiration_seconds, store_timeout))
         name = f"stateless:{host}:{port}"
         return StatelessProcessGroup(
             fcomm.stateless_group(host, port, rank, world_size, name=name, timeout_s=timeout_s)
@@ -171,8 +188,14 @@ class StatelessProcessGroup:
         return [self.broadcast_obj(obj, src) for src in range(self.world_size)]
 
     def barrier(self) -> None:
-        """Return when every rank has called it."""
+        """Return when every rank has called it, and rank 0 when they have left it: any may end then, with its store."""
         self.all_gather_obj(None)
+        for r in range(1, self.world_size):
+            key = self._key("both", f"left/{r}")
+            if self.rank == 0:
+                self._read("barrier", key, r, readers=1)
+            elif self.rank == r:
+                self._write("barrier", key, None)
 
     def expire_data(self) -> None:
         """Nothing to do: messages are deleted when they have been read."""
@@ -200,16 +223,24 @@ class StatelessProcessGroup:
         timeout_s = live(self.group).timeout_s
         try:
             self.store.wait([key], timedelta(seconds=timeout_s))
+            frame = self.store.get(key)
+        except dist.DistNetworkError as error:
+            raise PeerDiedError(
+                f"{what}: the store of group '{self.group.name}' is lost while a value of rank {src} was awaited; "
+                "rank 0 serves a store of create(): see its log, or let it end last, as after a barrier",
+                op=what, group=self.group.name, rank=self.rank,
+                culprits=processes.ended(live(self.group).identities),
+            ) from error  # fmt: skip
         except RuntimeError as error:
             raise CollectiveTimeoutError(
                 f"{what}: nothing arrived from rank {src} of group '{self.group.name}' within {timeout_s} s; "
                 "see what that rank is doing",
                 op=what, group=self.group.name, rank=self.rank, culprits=(src,),
             ) from error  # fmt: skip
-        frame = self.store.get(key)
-        if readers == 1 or self.store.add(f"{key}/read", 1) == readers:
-            self.store.delete_key(key)
-            self.store.delete_key(f"{key}/read")
+        with suppress(dist.DistNetworkError):  # with a store that is lost now, the message is gone too
+            if readers == 1 or self.store.add(f"{key}/read", 1) == readers:
+                self.store.delete_key(key)
+                self.store.delete_key(f"{key}/read")
         return decode(frame)
 
     def _check(self, what: str, option: str, rank: int) -> None:
