@@ -198,6 +198,9 @@ def every_kind_of_group(world: fcomm.Group) -> None:
         funcol.all_reduce(x, "sum", "nobody")
     with pytest.raises(ValueError, match="the only tuple"):
         funcol.all_reduce(x, "sum", (0, 1))
+    for no_group in (None, 0):
+        with pytest.raises(ValueError, match=f"group is {no_group}; pass a Group"):
+            funcol.all_reduce(x, "sum", no_group)
 
     dist.barrier()
     dist.destroy_process_group()

@@ -44,6 +44,10 @@ def as_group(group: GroupLike, tag: str = "") -> Group:
         place = _of_mesh(group, None)
     elif isinstance(group, str):
         place = _of_name(group)
+    elif not isinstance(group, dist.ProcessGroup):
+        raise ArgumentError(
+            f"group is {group!r}; pass a Group, ProcessGroup, DeviceMesh, (DeviceMesh, dim), list of ranks, or name"
+        )
     else:
         # Tracing, torch.compile has a stand-in for a ProcessGroup that knows little more than its name.
         place = _of_name_in_torch(group.group_name)
