@@ -299,6 +299,13 @@ FASTVIDEO = [
     ),
     Face("fastvideo.all_gather", fastvideo.all_gather, small, lambda xs: whole(xs, -1)),
     Face(
+        "fastvideo.all_gatherv", lambda x, g, b: fastvideo.all_gatherv(x, 0, [x.shape[0]] * g.size, g, b), small,
+        lambda xs: whole(xs, 0),
+    ),
+    Face("fastvideo.reduce_scatter", fastvideo.reduce_scatter, wide, lambda xs: own_sum(xs, -1)),
+    Face("fastvideo.reduce_scatterv", fastvideo.reduce_scatterv, wide, lambda xs: own_sum(xs, -1)),
+    Face("fastvideo.broadcast", fastvideo.broadcast, small, lambda xs: everywhere(xs[0], len(xs))),
+    Face(
         "fastvideo.slice", lambda x, g, b: fastvideo.slice(x, g, b, scale_grad=False), wide,
         lambda xs: _own_slices(xs, -1), lambda cts: _gathered(cts, -1),
     ),

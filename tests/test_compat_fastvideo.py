@@ -33,6 +33,12 @@ def tensors(world: fcomm.Group) -> None:
     assert torch.equal(fastvideo.all_gather(x, **handles), whole)
     assert torch.equal(fastvideo.all_gather(x, 0, **handles), torch.cat(whole.chunk(n, 1)))
 
+    sizes = [r + 1 for r in range(n)]
+    uneven = torch.full((2, rank + 1), rank + 1.0)
+    every = torch.cat([torch.full((2, s), float(s)) for s in sizes], 1)
+    assert torch.equal(fastvideo.all_gatherv(uneven, dim=1, sizes=sizes, **handles), every)
+    assert torch.equal(fastvideo.reduce_scatterv(every, sizes=sizes, **handles), n * uneven)
+
     gathered = fastvideo.gather(x, **handles)
     assert torch.equal(gathered, whole) if rank == 0 else gathered is None
     gathered = fastvideo.gather(x, dst=n - 1, dim=0, **handles)

@@ -1,6 +1,7 @@
 """FastVideo's device communicators, as functions, and its StatelessProcessGroup.
 
-Names, arguments, their order and defaults are those of DeviceCommunicatorBase's methods; ranks count within the group.
+Names, arguments, their order and defaults are those of DeviceCommunicatorBase's methods, reduce_scatter, broadcast and
+those with sizes vLLM's; ranks count within the group.
 Where the methods have self, these take group and backend, as keywords or anywhere among the positional arguments:
 all_gather(x, group, backend, dim=1).
 """
@@ -39,6 +40,34 @@ def all_reduce(input_: Tensor, op: ReduceOp | None = dist.ReduceOp.SUM, *, group
 def all_gather(input_: Tensor, dim: int = -1, *, group: Group, backend: Backend) -> Tensor:
     """Concatenate every rank's input_ along dim."""
     return fcomm.all_gather(input_, group, backend, dim=dim)
+
+
+@takes_handles
+def all_gatherv(
+    input_: Tensor, dim: int = 0, sizes: Sequence[int] | None = None, *, group: Group, backend: Backend
+) -> Tensor:
+    """all_gather of blocks whose lengths are sizes."""
+    return fcomm.all_gather(input_, group, backend, dim=dim, sizes=sizes)
+
+
+@takes_handles
+def reduce_scatter(input_: Tensor, dim: int = -1, *, group: Group, backend: Backend) -> Tensor:
+    """Sum input_ over the group and keep this rank's block of dim."""
+    return fcomm.reduce_scatter(input_, group, backend, dim=dim)
+
+
+@takes_handles
+def reduce_scatterv(
+    input_: Tensor, dim: int = -1, sizes: Sequence[int] | None = None, *, group: Group, backend: Backend
+) -> Tensor:
+    """reduce_scatter into blocks whose lengths are sizes."""
+    return fcomm.reduce_scatter(input_, group, backend, dim=dim, sizes=sizes)
+
+
+@takes_handles
+def broadcast(tensor: Tensor, src: int = 0, *, group: Group, backend: Backend) -> Tensor:
+    """tensor of rank src, as a new tensor; its own stays as it is."""
+    return fcomm.broadcast(tensor, group, backend, src=src)
 
 
 @takes_handles
