@@ -357,6 +357,31 @@ def test_no_group_is_the_rank_alone_as_in_jax() -> None:
             call()
 
 
+def test_a_group_named_twice_is_refused_as_in_jax() -> None:
+    def on_both(call: Callable[[Tensor], Any]) -> None:
+        fcomm.simulate(fcomm.simulate(call, COLUMNS), ROWS)(torch.zeros(2, 3, 12, 12))
+
+    twice = (COLUMNS, ROWS, COLUMNS)
+    for call in (
+        lambda x: lax.psum(x, twice, fcomm.sim),
+        lambda x: lax.pmax(x, twice, fcomm.sim),
+        lambda x: lax.all_gather(x, twice, fcomm.sim),
+        lambda x: lax.psum_scatter(x, twice, fcomm.sim, tiled=True),
+        lambda x: lax.all_to_all(x, twice, fcomm.sim, 0, 0, tiled=True),
+        lambda x: lax.pbroadcast(x, twice, fcomm.sim, 0),
+        lambda x: lax.pvary(x, twice, fcomm.sim),
+    ):
+        with pytest.raises(ValueError, match=r"\['columns', 'rows', 'columns'\]; pass each once"):
+            on_both(call)
+
+
+@pytest.mark.parametrize("group", [None, "rows", {ROWS, COLUMNS}, (ROWS, "columns"), 0])
+def test_what_is_no_group_and_no_sequence_of_groups_is_a_type_error(group: Any) -> None:
+    """A set has no order, and the order is that of the ranks."""
+    with pytest.raises(TypeError, match="pass a Group, or a list or tuple of them"):
+        lax.psum(torch.zeros(2), group, fcomm.sim)
+
+
 # --- axis_index_groups --------------------------------------------------------------------------------------------
 
 OF_BLOCKS: dict[str, Callable[..., Any]] = {

@@ -335,7 +335,13 @@ def axis_size(group: Groups, backend: Backend) -> int:
 
 
 def _groups(group: Groups) -> tuple[Group, ...]:
-    return (group,) if isinstance(group, Group) else tuple(group)
+    if isinstance(group, Group):
+        return (group,)
+    if not isinstance(group, tuple | list) or not all(isinstance(g, Group) for g in group):
+        raise TypeError(f"group is {group!r}; pass a Group, or a list or tuple of them")
+    if len({g.key for g in group}) < len(group):
+        raise ArgumentError(f"group is the sequence {[g.name for g in group]}; pass each once")
+    return tuple(group)
 
 
 def _some_groups(name: str, group: Groups) -> tuple[Group, ...]:
