@@ -25,9 +25,10 @@ def collectives(world: fcomm.Group, double: str | None) -> None:
     every = [torch.arange(2.0 * n).reshape(n, 2) + 10 * r for r in range(n)]
     total = torch.stack(every).sum(0)
 
-    got = comm.all_reduce(x)
-    assert got is not None
-    assert torch.equal(got, total)
+    for stream in (None, torch.cpu.Stream()):
+        got = comm.all_reduce(x, stream=stream)
+        assert got is not None
+        assert torch.equal(got, total)
     out = torch.empty(2 * n)
     assert comm.all_reduce(x, dist.ReduceOp.MAX, out_tensor=out) is out
     assert torch.equal(out, every[-1].reshape(-1))
