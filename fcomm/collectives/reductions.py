@@ -24,7 +24,8 @@ def all_reduce(x: Tensor, group: Group, backend: Backend, *, op: str = "sum") ->
 
     x and the result have one shape and dtype. op: "sum", "mean", "max", "min", "prod"; "band", "bor", "bxor" on
     integers and bool. Half types and float8 (e4m3fn, e5m2) accumulate in float32, integers wrap, max and min propagate
-    NaN, all in rank order. max, min and prod save the result, which is not to be changed in place before backward.
+    NaN, all in rank order; of 0.0 and -0.0 max and min give either. max, min and prod save the result, which is not to
+    be changed in place before backward.
     vjp: sum: all_reduce; mean: all_reduce mean; max, min: all_reduce, shared equally among the ranks that attain the
     extremum (NaN attains NaN); prod: all_reduce times the product of the other ranks' x, right at zeros.
     Traffic: 2(n-1)/n of x's bytes per rank (nccl-tests, PERFORMANCE.md).
