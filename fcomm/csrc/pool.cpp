@@ -47,21 +47,38 @@ std::size_t bucket(std::size_t nbytes) {
   return round_up(nbytes, std::max(kPage, std::bit_floor(nbytes - 1) / 8));
 }
 
-// Aligned to huge pages where there is one to fill: 512 faults become one.
+// Aligned to huge pages: 512 faults become one.
 void *map(std::size_t nbytes) {
-  const std::size_t align = nbytes >= kHuge ? kHuge : kPage;
-  const std::size_t room = nbytes + align - kPage;
+  const std::size_t room = nbytes + kHuge - kPage;
   void *const got = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (got == MAP_FAILED) return nullptr;
   char *const start = static_cast<char *>(got);
-  char *const block = start + (0 - reinterpret_cast<std::uintptr_t>(start)) % align;
+  char *const block = start + (0 - reinterpret_cast<std::uintptr_t>(start)) % kHuge;
   if (block > start) munmap(start, std::size_t(block - start));
   if (block + nbytes < start + room) munmap(block + nbytes, std::size_t(start + room - block - nbytes));
-  if (align == kHuge) madvise(block, nbytes, MADV_HUGEPAGE);
+  madvise(block, nbytes, MADV_HUGEPAGE);
   return block;
 }
 
-// Called with the lock held; the largest go first, for they are the fewest to map again.
+// A block that has just come, from the system or from its holder. Called with the lock held, as are those that follow.
+void keep(Pool &p, void *block, std::size_t nbytes) {
+  p.idle[nbytes].push_back(block);
+  p.report.idle_bytes += nbytes;
+}
+
+// New blocks of that size: as many as a huge page holds, in which a peer that writes finds them by one look-up. What is
+// left of it is a block, too, if perhaps of a size that nobody asks for.
+bool more(Pool &p, std::size_t nbytes) {
+  const std::size_t room = std::max(nbytes, kHuge);
+  char *const page = static_cast<char *>(map(room));
+  if (!page) return false;
+  const std::size_t used = room / nbytes * nbytes;
+  if (used < room) keep(p, page + used, room - used);
+  for (std::size_t at = used; at > 0; at -= nbytes) keep(p, page + at - nbytes, nbytes);
+  return true;
+}
+
+// The largest go first, for they are the fewest to map again.
 std::size_t shrink(Pool &p, std::size_t to_bytes) {
   const std::size_t before = p.report.idle_bytes;
   while (p.report.idle_bytes > to_bytes) {
@@ -100,20 +117,18 @@ void *fcomm_pool_take(size_t nbytes) {
   const std::size_t size = bucket(nbytes);
   if (size < nbytes) return nullptr;
   const std::unique_lock lock(p.mutex);
-  const auto found = p.idle.find(size);
-  void *block;
-  if (found != p.idle.end()) {
-    block = found->second.back();
-    found->second.pop_back();
-    if (found->second.empty()) p.idle.erase(found);
-    p.report.idle_bytes -= size;
-    ++p.report.hits;
-  } else {
-    block = map(size);
-    if (!block && shrink(p, 0)) block = map(size);
-    if (!block) return nullptr;
-    ++p.report.misses;
+  auto found = p.idle.find(size);
+  const bool hit = found != p.idle.end();
+  if (!hit) {
+    if (!more(p, size) && !(shrink(p, 0) && more(p, size))) return nullptr;
+    found = p.idle.find(size);
   }
+  ++(hit ? p.report.hits : p.report.misses);
+  void *const block = found->second.back();
+  found->second.pop_back();
+  if (found->second.empty()) p.idle.erase(found);
+  p.report.idle_bytes -= size;
+  if (!hit) shrink(p, p.report.limit_bytes);
   p.in_use.emplace(block, InUse{size});
   p.report.in_use_bytes += size;
   ++p.report.blocks_in_use;
@@ -136,8 +151,7 @@ void fcomm_pool_return(void *block) {
         mmap(block, size, PROT_NONE, kFlags, -1, 0);  // in place of its pages: nothing else is ever mapped here
         return;
       }
-      p.idle[size].push_back(block);
-      p.report.idle_bytes += size;
+      keep(p, block, size);
       shrink(p, p.report.limit_bytes);
       return;
     }

@@ -3,6 +3,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstring>
 #include <thread>
 
 #include "harness.h"
@@ -31,6 +33,27 @@ void pool_suite() {
   CHECK(fcomm_pool_stats().idle_bytes == 8 * kMega);
   fcomm_pool_set_limit(0);
   CHECK(fcomm_pool_stats().idle_bytes == 0);
+  fcomm_pool_set_limit(before.limit_bytes);
+
+  // Small blocks share a huge page, and nothing else; what is left of it can be used, and goes back.
+  fcomm_pool_clear();
+  std::vector<char *> small;
+  for (int k = 0; k < 3; ++k) small.push_back(static_cast<char *>(fcomm_pool_take(600 << 10)));
+  CHECK(fcomm_pool_stats().idle_bytes == 2 * kMega - 3 * (640 << 10));
+  small.push_back(static_cast<char *>(fcomm_pool_take(128 << 10)));
+  CHECK(fcomm_pool_stats().idle_bytes == 0);
+  for (std::size_t k = 0; k < 4; ++k) std::memset(small[k], int(k), k < 3 ? 640 << 10 : 128 << 10);
+  for (std::size_t k = 0; k < 4; ++k) {
+    CHECK(std::uintptr_t(small[k]) / (2 * kMega) == std::uintptr_t(small[0]) / (2 * kMega));
+    CHECK(std::all_of(small[k], small[k] + (k < 3 ? 640 << 10 : 128 << 10), [&](char b) { return b == char(k); }));
+    fcomm_pool_return(small[k]);
+  }
+  CHECK(fcomm_pool_clear() == 2 * kMega && fcomm_pool_stats().idle_bytes == 0);
+  fcomm_pool_set_limit(0);
+  char *const only = static_cast<char *>(fcomm_pool_take(100 << 10));
+  CHECK(fcomm_pool_stats().idle_bytes == 0);
+  only[0] = only[(100 << 10) - 1] = 1;
+  fcomm_pool_return(only);
   fcomm_pool_set_limit(before.limit_bytes);
 
   // An abandoned block is never handed out again, nor are its addresses.
