@@ -466,3 +466,25 @@ def unreceived(world: fcomm.Group, double: str) -> None:
 @pytest.mark.parametrize("double", ["nccl", "hccl"])
 def test_a_message_to_a_rank_that_never_receives_does_not_hold_the_close(double: str) -> None:
     run_ranks(unreceived, 2, double, timeout_s=60)
+
+
+def unreceived_behind_another(world: fcomm.Group, double: str) -> None:
+    """The edge is open on both sides: its sender gives it up, and its receiver must not wait for its end."""
+    on, x = backend(double), torch.ones(1)
+    for _ in range(2 if world.rank == 0 else 0):
+        fcomm.send(x, world, on, dst=1)
+    if world.rank == 1:
+        assert torch.equal(fcomm.recv(x, world, on, src=0), x)
+    fcomm.all_reduce(x, world, on)
+    start = time.monotonic()
+    fcomm.close(world)
+    assert time.monotonic() - start < 10, "one side waited for the other to end the edge"
+    assert control(double).double_live() == 0
+    time.sleep(0.3)  # for the message's second part, in a thread of its own
+    made = calls(double, "HcclGetRootInfo" if double == "hccl" else "ncclGetUniqueId")
+    assert made == (2 if world.rank == 0 else 0), "the edge was opened again"
+
+
+@pytest.mark.parametrize("double", ["nccl", "nccl-2.21", "hccl"])
+def test_a_message_that_nobody_receives_behind_one_that_was_does_not_hold_the_close(double: str) -> None:
+    run_ranks(unreceived_behind_another, 2, double, timeout_s=60)

@@ -20,11 +20,21 @@ import torch
 
 from fcomm.backends import ccall
 from fcomm.backends.ccall import Library
-from fcomm.backends.failure import SLICE_S, STORE_S, give_up, limited, look_around, raise_failure
+from fcomm.backends.failure import (
+    SLICE_S,
+    STORE_S,
+    abort,
+    give_up,
+    has_closed,
+    is_left,
+    limited,
+    look_around,
+    raise_failure,
+)
 from fcomm.backends.later import finish_sending, forget, watch
 from fcomm.backends.machine import Channel, Comm, Machine, Team, current, is_capturing, record_event, stream_of
 from fcomm.backends.worker import start_worker
-from fcomm.errors import FcommError, PeerDiedError, RendezvousError
+from fcomm.errors import BackendError, FcommError, PeerDiedError, RendezvousError
 from fcomm.group import Group
 from fcomm.rendezvous import live
 
@@ -54,6 +64,8 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
     channel = on.main if edge is None else _edge(on, edge)
     with channel.lock:
         raise_failure(on, op)
+        if channel.ended:  # a second part of a message that nobody takes: no other communicator is opened for it
+            raise FcommError(f"{on.where(op)}: its communicator was aborted")
         if not channel.ready and is_capturing(on.device):
             raise FcommError(
                 f"{on.where(op)}: its communicator cannot be opened while a graph is captured; "
@@ -68,13 +80,18 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
                     _open(on, op, channel, library, deadline)
                 _run(on, op, channel, library, fn, deadline)
         except BaseException as error:
-            if channel.ended and on.failure is None:
+            if on.failure is None and (channel.ended or _is_refused(on, op, edge, error)):
                 raise  # a message that nobody takes, while the group is closed: nothing has failed
             found = give_up(on, op, library, error)
             if found is error:
                 raise
             raise found from error
         watch(on, op, deadline)
+
+
+def _is_refused(on: Team, op: str, edge: tuple[int, int] | None, error: BaseException) -> bool:
+    """Whether a message failed because its receiver has ended the edge, which it does once it has closed the group."""
+    return op == "send" and edge is not None and isinstance(error, BackendError) and has_closed(on, edge[1])
 
 
 def _run(on: Team, op: str, channel: Channel, library: Library, fn: Callable[[Comm], None], deadline: float) -> None:
@@ -106,7 +123,7 @@ def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: flo
         now = time.monotonic()
         if now - looked > SLICE_S or now > deadline:
             try:
-                look_around(on, op, deadline, channel.members)
+                _look(on, op, channel, deadline)
             except FcommError:
                 if is_done():  # _bounded has the reason
                     return
@@ -114,6 +131,12 @@ def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: flo
             looked = now
         time.sleep(pause)
         pause = min(2 * pause, 2e-3)
+
+
+def _look(on: Team, op: str, channel: Channel, deadline: float) -> None:
+    if op == "close" and is_left(on, channel):
+        raise FcommError("the other rank has aborted this edge")  # its part in the end never comes
+    look_around(on, op, deadline, channel.members)
 
 
 def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline: float) -> T:
@@ -132,7 +155,7 @@ def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline:
             if future.done():
                 return future.result()
             try:
-                look_around(on, op, deadline, channel.members)
+                _look(on, op, channel, deadline)
             except FcommError as error:
                 # Since the look at the call another rank may have come, done its part of it, its last call, and ended.
                 # Then this rank's thread may still have to get a core to return from it.
@@ -256,5 +279,7 @@ def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None
         _bounded(on, "close", channel, lambda: finish(event), deadline)
         channel.handle, channel.ready = ctypes.c_void_p(), False
     except Exception as error:
-        return give_up(on, "close", library, error)
+        if on.failure is not None or not is_left(on, channel):
+            return give_up(on, "close", library, error)
+        abort(on, library, channel)
     return None

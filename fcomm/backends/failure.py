@@ -77,6 +77,20 @@ def has_closed(on: Team, rank: int, *, if_lost: bool = True) -> bool:
         return if_lost
 
 
+def leave(on: Team, library: Library, edge: Channel) -> None:
+    """Abort an edge that has a message nobody takes; its receiver, who may wait to end it together, is told first."""
+    limited(lambda: on.write(f"{edge.key}/left", b"1"), STORE_S)
+    abort(on, library, edge)
+
+
+def is_left(on: Team, channel: Channel) -> bool:
+    """Whether the other rank of an edge has left it."""
+    try:
+        return channel is not on.main and on.read(f"{channel.key}/left") is not None
+    except RuntimeError:
+        return False
+
+
 def _left(on: Team, among: Iterable[int], *, if_lost: bool = True) -> list[int]:
     """Those of some ranks that have ended without closing, as far as this host knows."""
     return [r for r in processes.ended(on.live.identities, among) if not has_closed(on, r, if_lost=if_lost)]

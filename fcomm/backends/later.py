@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from fcomm.backends import ccall
-from fcomm.backends.failure import BETWEEN, SLICE_S, abort, give_up, has_closed, look_around, raise_failure
+from fcomm.backends.failure import BETWEEN, SLICE_S, give_up, has_closed, leave, look_around, raise_failure
 from fcomm.backends.machine import LOG, Team, current, is_capturing, record_event
 from fcomm.backends.worker import start_worker, started, submit_behind
-from fcomm.errors import CollectiveTimeoutError, FcommError
+from fcomm.errors import BackendError, CollectiveTimeoutError, FcommError
 
 _FAREWELL_S = 0.5  # a message that was received is known to be within this time
 
@@ -60,7 +60,7 @@ def finish_sending(on: Team, deadline: float) -> BaseException | None:
         try:
             if not _was_taken(on, dst, sent, deadline):
                 LOG.warning("%s: a message to rank %d was not received", on.where("send"), dst)
-                abort(on, on.machine.load(), on.edges[on.rank, dst])
+                leave(on, on.machine.load(), on.edges[on.rank, dst])
                 on.sending = deque((to, other) for to, other in on.sending if to != dst)
         except Exception as error:
             problem = problem or error
@@ -71,10 +71,15 @@ def finish_sending(on: Team, deadline: float) -> BaseException | None:
 
 def _was_taken(on: Team, dst: int, sent: Future[Any], deadline: float) -> bool:
     closed = False
-    while not _is_taken(sent, _FAREWELL_S if closed else SLICE_S):
-        if closed or time.monotonic() > deadline:
-            return False
-        closed = on.failure is not None or has_closed(on, dst)
+    try:
+        while not _is_taken(sent, _FAREWELL_S if closed else SLICE_S):
+            if closed or time.monotonic() > deadline:
+                return False
+            closed = on.failure is not None or has_closed(on, dst)
+    except BackendError:
+        if on.failure is not None:
+            raise
+        return False  # its receiver has ended the edge
     return True
 
 
