@@ -46,25 +46,35 @@ class Live:
     pid: int = field(default_factory=os.getpid)
     # How often each subgroup was made: every member makes it equally often, so their counts agree.
     epochs: dict[str, int] = field(default_factory=dict)
-    _communicators: dict[str, tuple[Any, Callable[[Any], None]]] = field(default_factory=dict)
+    _communicators: dict[str, tuple[Any, Callable[[Any], None], Callable[[Any], None]]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def communicator(self, key: str, open: Callable[[], T], close: Callable[[T], None]) -> T:
-        """The communicator of this group under key, opened at first use and closed with the group."""
+    def communicator(
+        self, key: str, open: Callable[[], T], close: Callable[[T], None], leave: Callable[[T], None] = lambda _: None
+    ) -> T:
+        """The communicator of this group under key, opened at first use and closed with the group.
+
+        leave: called before it, and before any other group is closed by the same call; waits for nobody.
+        """
         found = self._communicators.get(key)
         if found is None:
             with self._lock:
                 found = self._communicators.get(key)
                 if found is None:
-                    found = self._communicators[key] = (open(), close)
+                    found = self._communicators[key] = (open(), close, leave)
         return found[0]
+
+    def leave_communicators(self) -> None:
+        """Say to the other ranks that this one makes no more calls."""
+        for communicator, _, leave in list(self._communicators.values()):
+            leave(communicator)
 
     def close_communicators(self) -> None:
         """Close all of them, the latest first; raises the first error of one."""
         problem: Exception | None = None
         with self._lock:
             while self._communicators:
-                _, (communicator, close) = self._communicators.popitem()
+                _, (communicator, close, _) = self._communicators.popitem()
                 try:
                     close(communicator)
                 except Exception as error:
@@ -119,9 +129,11 @@ def close(group: Group | None = None) -> None:
     if group is not None and not isinstance(group, Group):
         raise TypeError(f"close: group is {group!r}; pass a Group, or nothing to close all of this process")
     problem: Exception | None = None
-    for record in list(_LIVE.values())[::-1]:
-        if group is not None and record.group != group:
-            continue
+    records = [record for record in list(_LIVE.values())[::-1] if group is None or record.group == group]
+    for record in records:
+        if record.pid == os.getpid():
+            record.leave_communicators()
+    for record in records:
         _LIVE.pop(record.group.name, None)
         forget_group(record.group)
         if record.pid == os.getpid():

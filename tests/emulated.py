@@ -39,7 +39,7 @@ def emulate(double: str) -> fcomm.Backend:
 
 def team(group: fcomm.Group) -> Team:
     """What the emulated backend has on the group."""
-    (found,) = [made for made, _ in live(group)._communicators.values()]
+    (found,) = [made for made, *_ in live(group)._communicators.values()]
     assert isinstance(found, Team)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -353,7 +354,7 @@ def interrupted(world: fcomm.Group, double: str) -> None:
         raise KeyboardInterrupt
 
     fcomm.all_reduce(torch.ones(1), world, backend(double))
-    ((on, _),) = live(world)._communicators.values()
+    ((on, *_),) = live(world)._communicators.values()
     with pytest.raises(KeyboardInterrupt):
         issue(on, "all_reduce", interrupt)
     with pytest.raises(fcomm.GroupPoisonedError, match=r"unusable since: .*KeyboardInterrupt"):
@@ -488,3 +489,30 @@ def unreceived_behind_another(world: fcomm.Group, double: str) -> None:
 @pytest.mark.parametrize("double", ["nccl", "nccl-2.21", "hccl"])
 def test_a_message_that_nobody_receives_behind_one_that_was_does_not_hold_the_close(double: str) -> None:
     run_ranks(unreceived_behind_another, 2, double, timeout_s=60)
+
+
+def closes_early(world: fcomm.Group, double: str) -> None:
+    """One rank's program ends, as by an exception, while the others make a call that needs it."""
+    on, x = backend(double), torch.ones(6)
+    inner = fcomm.subgroup(world, range(world.size), name="inner")
+    for group in (world, inner):
+        fcomm.all_reduce(x, group, on)
+        for pairs in ([(0, 2)], [(1, 1)], [(2, 0), (0, 1)]):  # not every rank is in each of them
+            fcomm.ppermute(x, group, on, perm=pairs)
+    if world.rank != 1:
+        start = time.monotonic()
+        with pytest.raises(fcomm.PeerDiedError) as raised:
+            fcomm.all_reduce(x, world, on)
+        assert "closed the group, or ended, and does not take part in all_reduce" in str(raised.value)
+        assert raised.value.culprits == (1,)
+        assert time.monotonic() - start < 4, "it waited for the end of a communicator on rank 1"
+    else:  # the end of one may wait for the peers, which the double's does not
+        plant(double, "HcclCommDestroy" if double == "hccl" else "ncclCommFinalize", HANG, 6000)
+    with contextlib.suppress(fcomm.FcommError):
+        fcomm.close()
+    assert control(double).double_live() == 0
+
+
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_a_call_ends_at_once_where_a_rank_has_closed_the_group(double: str) -> None:
+    run_ranks(closes_early, 3, double, timeout_s=60)

@@ -24,6 +24,7 @@ from fcomm.backends.failure import (
     SLICE_S,
     STORE_S,
     abort,
+    check_takers,
     give_up,
     has_closed,
     is_left,
@@ -48,7 +49,7 @@ def team(machine: Machine, group: Group, device: torch.device) -> Team:
     def make() -> Team:
         return Team(machine, group, device, owner, Channel("main", tuple(range(group.size))))
 
-    return owner.communicator(f"{machine.name}/{device}", make, _close)
+    return owner.communicator(f"{machine.name}/{device}", make, _close, _leave)
 
 
 # --- calls --------------------------------------------------------------------------------------------------------
@@ -66,6 +67,8 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
         raise_failure(on, op)
         if channel.ended:  # a second part of a message that nobody takes: no other communicator is opened for it
             raise FcommError(f"{on.where(op)}: its communicator was aborted")
+        if channel is on.main:
+            on.calls += 1
         if not channel.ready and is_capturing(on.device):
             raise FcommError(
                 f"{on.where(op)}: its communicator cannot be opened while a graph is captured; "
@@ -137,6 +140,8 @@ def _look(on: Team, op: str, channel: Channel, deadline: float) -> None:
     if op == "close" and is_left(on, channel):
         raise FcommError("the other rank has aborted this edge")  # its part in the end never comes
     look_around(on, op, deadline, channel.members)
+    if op != "close" and channel is on.main:
+        check_takers(on, op)
 
 
 def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline: float) -> T:
@@ -211,7 +216,7 @@ def _meet(on: Team, op: str, channel: Channel, library: Library, deadline: float
         return uid
     pause = 1e-3
     while (frame := on.read(key)) is None:
-        look_around(on, op, deadline, channel.members)
+        _look(on, op, channel, deadline)
         time.sleep(pause)
         pause = min(2 * pause, 2e-2)
     if len(frame) != _FRAME.size + on.machine.id_nbytes:
@@ -235,6 +240,18 @@ def _edge(on: Team, edge: tuple[int, int]) -> Channel:
 # --- closing ------------------------------------------------------------------------------------------------------
 
 
+def _leave(on: Team) -> None:
+    """Say how many calls this rank has made: others that wait for it in a later one wait in vain."""
+
+    def say_so() -> None:
+        with suppress(RuntimeError):  # the process that serves the store may have ended before
+            on.write(f"closing/{on.rank}", str(on.calls).encode())
+            on.write("closing", b"1")  # that one has: who waits asks for this alone
+
+    # Senders wait for their receivers, but not for one that is here, whether it has ever received or not.
+    limited(say_so, STORE_S)
+
+
 def _close(on: Team) -> None:
     """Wait for the sends, then end the communicators, edges first and in an order that all ranks share.
 
@@ -242,13 +259,6 @@ def _close(on: Team) -> None:
     it before.
     """
     raised, deadline = on.raised, time.monotonic() + on.live.timeout_s
-
-    def say_so() -> None:
-        with suppress(RuntimeError):  # the process that serves the store may have ended before
-            on.write(f"closing/{on.rank}", b"1")
-
-    # Senders wait for their receivers, but not for one that is here, whether it has ever received or not.
-    limited(say_so, STORE_S)
     problem = finish_sending(on, deadline)
     forget(on)
     for channel in on.channels():

@@ -69,6 +69,21 @@ def look_around(on: Team, op: str, deadline: float, needed: Iterable[int]) -> No
         raise PeerDiedError(f"{_named(on, gone)} ended; look at the log there", culprits=gone)
 
 
+def check_takers(on: Team, op: str) -> None:
+    """Raise if a rank has closed the group after fewer calls on all ranks than this one's, and so never takes part."""
+    try:
+        if on.read("closing") is None:
+            return
+        said = {r: on.read(f"closing/{r}") for r in range(on.group.size) if r != on.rank}
+    except RuntimeError:
+        return  # the store has gone; the deadline holds without it
+    closed = [r for r, calls in said.items() if calls is not None and int(calls) < on.calls]
+    if closed:
+        who = _named(on, closed) if on.live.identities else ", ".join(f"rank {r}" for r in closed)
+        text = f"{who} closed the group, or ended, and does not take part in {op}; make every rank call the same"
+        raise PeerDiedError(f"{text} collectives", culprits=closed)
+
+
 def has_closed(on: Team, rank: int, *, if_lost: bool = True) -> bool:
     """Whether a rank closes, or has closed, the group; if_lost where the store, and who served it, have gone."""
     try:

@@ -273,12 +273,15 @@ def _ppermute(m: Machine, x: Tensor, group: Group, *, perm: Sequence[int]) -> Te
     here = group.rank or 0
     dst = next((d for s, d in pairs(perm) if s == here), None)
     src = next((s for s, d in pairs(perm) if d == here), None)
+    on = team(m, group, x.device)
     # A rank without a peer learns what the others do: that the group is unusable.
-    raise_failure(team(m, group, x.device), "ppermute")
-    if src == here:
-        return x.clone()
+    raise_failure(on, "ppermute")
     y = torch.zeros_like(x) if src is None else torch.empty_like(x)
-    return y if dst is None and src is None else _move(m, "ppermute", group, x, y, m.permute, dst, src)
+    if src != here and (src is not None or dst is not None):
+        return _move(m, "ppermute", group, x, y, m.permute, dst, src)
+    if x.numel():
+        on.calls += 1  # as those that have one
+    return x.clone() if src == here else y
 
 
 def _broadcast(m: Machine, x: Tensor, group: Group, *, src: int) -> Tensor:
