@@ -124,7 +124,7 @@ void check_complex(int op, const Inputs &in, const std::vector<unsigned char> &o
       const R x = op == FCOMM_PROD ? re * c - im * d : re + c, y = op == FCOMM_PROD ? re * d + im * c : im + d;
       re = x, im = y;
     }
-    if (op == FCOMM_MEAN) re *= R(1) / R(n), im *= R(1) / R(n);
+    if (op == FCOMM_MEAN) re /= R(n), im /= R(n);
     CHECK(same(re, at<R>(out, 2 * i)) && same(im, at<R>(out, 2 * i + 1)));
   }
 }
