@@ -690,6 +690,15 @@ def _batching_kernel(record: Record, op: Any) -> Rule:
     return batching_kernel
 
 
+def batched_as(x: Tensor, *others: Tensor) -> Tensor:
+    """x, as a batch at each level of vmap where one of the others is; x itself where none is active."""
+    if _C._are_functorch_transforms_active():
+        false = torch.zeros((), dtype=torch.bool, device=x.device)
+        for other in others:
+            x = torch.where(false, other.new_zeros((), dtype=x.dtype), x)
+    return x
+
+
 @contextmanager
 def bound(key: str, index: Tensor | None) -> Iterator[None]:
     """Collectives called in the block on the axis of that key see its index tensor."""

@@ -82,6 +82,33 @@ def test_simulated_messages_changed_in_place_have_a_derivative() -> None:
     torch.testing.assert_close(torch.autograd.grad((g**2).sum(), x)[0], 2 * 72**2 * x.detach())
 
 
+# --- a batch of messages whose cotangent is one for all: as many travel back as came ------------------------------
+
+
+def _pulled(x: Tensor, ct: Tensor, on: tuple[fcomm.Group, fcomm.Backend]) -> Tensor:
+    return torch.func.vjp(lambda x: fcomm.recv(torch.zeros_like(x), *on, after=fcomm.send(x.sin(), *on)), x)[1](ct)[0]  # type: ignore[no-any-return]
+
+
+def check_one_cotangent(world: fcomm.Group, backend: str) -> list[str]:
+    on, rank = (world, getattr(fcomm, backend)), world.rank or 0
+    batch = torch.arange(6.0).reshape(2, 3) + rank
+    ct, right = torch.full((3,), rank + 1.0), torch.full((3,), (rank + 1) % world.size + 1.0)
+    each = torch.vmap(lambda x: _pulled(x, ct, on))
+    torch.testing.assert_close(each(batch), batch.cos() * right)
+    torch.testing.assert_close(torch.func.jvp(each, (batch,), (batch,))[1], -batch.sin() * batch * right)
+    torch.testing.assert_close(torch.compile(each, fullgraph=True, backend="aot_eager")(batch), batch.cos() * right)
+    if rank == 0:  # no token: the batch is like's alone
+        torch.vmap(lambda x: torch.func.vjp(lambda x: fcomm.send(x, *on, dst=1), x)[1](torch.zeros(0)))(batch)
+    elif rank == 1:
+        torch.vmap(lambda x: torch.func.vjp(lambda x: fcomm.recv(x, *on, src=0), x)[1](ct))(batch)
+    return []
+
+
+@pytest.mark.parametrize("backend", ["cpu", "c10d"])
+def test_a_batch_of_messages_has_one_cotangent(backend: str) -> None:
+    run_ranks(check_one_cotangent, 3, backend, timeout_s=60)
+
+
 # --- more dimensions than the engine of fcomm.cpu carries: 16 -----------------------------------------------------
 
 

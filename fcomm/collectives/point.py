@@ -10,7 +10,7 @@ from torch import Tensor
 from fcomm.collectives import checks
 from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
-from fcomm.registration import apply, define
+from fcomm.registration import apply, batched_as, define
 
 
 def send(x: Tensor, group: Group, backend: Backend, *, dst: int | None = None) -> Tensor:
@@ -117,10 +117,11 @@ def _recv_spec(afters: list[Tensor], likes: list[Tensor], src: int, derivative: 
 
 
 def _recv_vjp(
-    ct: Tensor, group: Group, backend: Backend, src: int, derivative: int, after: Tensor
+    ct: Tensor, group: Group, backend: Backend, src: int, derivative: int, after: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor]:
+    # A batch of messages may have one cotangent for all; their sender waits for as many as it sent.
+    token = apply("send", batched_as(ct, after, like), group, backend, src, _of_vjp(derivative))
     # One token for a batch of messages, where `after` may be a batch of tokens.
-    token = apply("send", ct, group, backend, src, _of_vjp(derivative))
     return token.reshape(after.shape), torch.zeros_like(ct)
 
 
@@ -138,6 +139,6 @@ define(
     jvp=_recv_jvp,
     # For the shape, and because send saves a tensor: a checkpoint's second forward ends with the last one saved, and
     # between a send and its recv it would leave a message behind.
-    shape_of=("after",),
+    shape_of=("after", "like"),
     busbw=lambda n: 1.0,
 )
