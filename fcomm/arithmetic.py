@@ -114,14 +114,14 @@ def divide(total: Tensor, size: int) -> Tensor:
 
 def _fold_unsigned(xs: Sequence[Tensor], op: str) -> Tensor:
     dtype = xs[0].dtype
-    signed = _SIGNED[dtype]
+    signed = _SIGNED[dtype]  # to it and back a conversion keeps the bits; a view has no batching rule in torch 2.11
     if op == "mean":
-        return _unsigned_quotient(fold([x.view(signed) for x in xs], "sum"), len(xs)).view(dtype)
+        return _unsigned_quotient(fold([x.to(signed) for x in xs], "sum"), len(xs)).to(dtype)
     if op in ("max", "min"):
         # Flipping the top bit maps unsigned order onto signed order, and back.
         top = torch.iinfo(signed).min
-        return (fold([x.view(signed) ^ top for x in xs], op) ^ top).view(dtype)
-    return fold([x.view(signed) for x in xs], op).view(dtype)
+        return (fold([x.to(signed) ^ top for x in xs], op) ^ top).to(dtype)
+    return fold([x.to(signed) for x in xs], op).to(dtype)
 
 
 def _unsigned_quotient(x: Tensor, divisor: int) -> Tensor:
