@@ -13,22 +13,30 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from fcomm import processes
+from fcomm.backends.worker import apart
 from fcomm.errors import RendezvousError, printable
+
+T = TypeVar("T")
 
 LOG = logging.getLogger("fcomm")
 
 _SLICE_S = 0.25  # how often a rank that waits for others looks for an error that one of them reported
 _TOLD_S = 20.0  # how long rank 0 stays, at most, for the others to read an error
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class NoAnswerError(RuntimeError):
+    """The process that serves the store does not answer: it is stopped, or a forked child of it holds its sockets."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,15 @@ def join(place: Place, prefix: str, name: str, timeout_s: float) -> tuple[dist.S
 
     Raises RendezvousError naming the missing, duplicate or disagreeing ranks.
     """
+    if place.serve:
+        return _join(place, prefix, name, timeout_s)
+    try:  # a late rank is still told the error that the others found
+        return answer(apart(lambda: _join(place, prefix, name, timeout_s)), timeout_s + 8 * _SLICE_S)
+    except NoAnswerError as error:
+        raise _no_store(place, timeout_s, "its process may be stopped") from error
+
+
+def _join(place: Place, prefix: str, name: str, timeout_s: float) -> tuple[dist.Store, tuple[str, ...]]:
     deadline = time.monotonic() + timeout_s
     claim = f"{place.size} {processes.identity()} {socket.gethostname()} {os.urandom(8).hex()}"
     while True:
@@ -144,10 +161,14 @@ def _connect(place: Place, left_s: float, timeout_s: float) -> dist.Store:
     try:
         return dist.TCPStore(place.host, place.port, None, place.serve, **options)
     except (RuntimeError, OSError) as error:
-        raise RendezvousError(
-            f"{place.function}: rank {place.rank} of {place.size} got no store at {place.host}:{place.port} within "
-            f"{timeout_s} s; check MASTER_ADDR, MASTER_PORT and that rank 0 runs ({str(error).splitlines()[0][:200]})"
-        ) from error
+        raise _no_store(place, timeout_s, str(error).splitlines()[0][:200]) from error
+
+
+def _no_store(place: Place, timeout_s: float, reason: str) -> RendezvousError:
+    return RendezvousError(
+        f"{place.function}: rank {place.rank} of {place.size} got no store at {place.host}:{place.port} within "
+        f"{timeout_s} s; check MASTER_ADDR, MASTER_PORT and that rank 0 runs ({reason})"
+    )
 
 
 def _listener(place: Place) -> socket.socket:
@@ -201,6 +222,19 @@ def _meet(store: dist.Store, name: str, place: Place, claim: str, deadline: floa
         # The others still read the claims; this process may be about to end.
         wait_for_keys(store, [f"seen/{r}" for r in range(place.size)], max(_SLICE_S, deadline - time.monotonic()))
     return identities
+
+
+def answer(future: Future[T], limit_s: float, look: Callable[[], None] = lambda: None) -> T:
+    """The result of a call of a store, made apart: torch bounds no wait for an answer, and Ctrl-C ends none.
+
+    look: called every slice until then; may raise. Raises NoAnswerError after limit_s seconds.
+    """
+    deadline = time.monotonic() + limit_s
+    while not wait([future], min(_SLICE_S, max(0.0, deadline - time.monotonic()))).done:
+        if time.monotonic() > deadline:
+            raise NoAnswerError(f"the store did not answer within {limit_s:.3g} s")
+        look()
+    return future.result()
 
 
 def wait_for_keys(store: dist.Store, keys: list[str], limit_s: float) -> bool:

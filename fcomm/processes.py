@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def identity() -> str:
-    """host/process id/start time of this process. Process ids are reused, identities are not."""
+    """host/process id/start time/namespace of the id of this process. Process ids are reused, identities are not."""
     pid = os.getpid()
-    return f"{_host()}/{pid}/{_start(pid)}"
+    return f"{_host()}/{pid}/{_start(pid) or ''}/{_space()}"
 
 
 def host(who: str) -> str:
@@ -26,17 +26,26 @@ def process(who: str) -> str:
 
 
 def has_ended(who: str) -> bool:
-    """Whether that process of this host has ended. False of other hosts, of which nothing is known."""
-    if not who.startswith(f"{_host()}/"):
+    """Whether that process of this host has ended.
+
+    False where nothing is known of it: on another host, in another namespace of process ids (containers of one pod
+    share a network, and not these), or where this process has no descriptor left to look with.
+    """
+    _, number, start, space = [*who.split("/"), "", "", ""][:4]
+    if not who.startswith(f"{_host()}/") or space != _space() or not (number.isdigit() and start):
         return False
-    _, number, start = [*who.split("/"), ""][:3]
-    return number.isdigit() and _start(int(number)) != start
+    return _start(int(number)) not in (start, None)
 
 
 def ended(identities: Sequence[str], among: Iterable[int] | None = None) -> list[int]:
     """The ranks whose processes have ended, as far as this host knows: of all, or of some."""
     ranks = range(len(identities)) if among is None else sorted(among)
     return [r for r in ranks if r < len(identities) and has_ended(identities[r])]
+
+
+def stopped(identities: Sequence[str]) -> list[int]:
+    """The ranks whose processes are stopped, as by SIGSTOP or a debugger, as far as this host knows."""
+    return [r for r, who in enumerate(identities) if not has_ended(who) and _state(who) in ("T", "t")]
 
 
 def named(ranks: Sequence[int]) -> str:
@@ -53,10 +62,30 @@ def _host() -> str:
         return socket.gethostname()
 
 
-def _start(pid: int) -> str:
-    """When a process started, in clock ticks since boot; "" if there is none, or it waits to be reaped."""
+@functools.cache
+def _space() -> str:
     try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return os.readlink("/proc/self/ns/pid").strip("pid:[]")
     except OSError:
         return ""
+
+
+def _state(who: str) -> str:
+    host_, number, _, space = [*who.split("/"), "", "", ""][:4]
+    if (host_, space) != (_host(), _space()):
+        return ""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def _start(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot; "" if there is none, or it is a zombie; None if unknown."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    except OSError:  # as when this process has no descriptor left
+        return None
     return "" if state in "ZX" else rest[18]

@@ -11,7 +11,9 @@ import ctypes
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -19,7 +21,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from fcomm.bootstrap import Place, digest, join, launcher_place
+from fcomm.backends.worker import apart
+from fcomm.bootstrap import Place, answer, digest, join, launcher_place
 from fcomm.errors import ArgumentError, FcommError, GroupClosedError
 from fcomm.group import Group, forget_group, register_group
 
@@ -48,6 +51,7 @@ class Live:
     epochs: dict[str, int] = field(default_factory=dict)
     _communicators: dict[str, tuple[Any, Callable[[Any], None], Callable[[Any], None]]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
+    _unanswered: Future[Any] | None = None
 
     def communicator(
         self, key: str, open: Callable[[], T], close: Callable[[T], None], leave: Callable[[T], None] = lambda _: None
@@ -63,6 +67,29 @@ class Live:
                 if found is None:
                     found = self._communicators[key] = (open(), close, leave)
         return found[0]
+
+    @property
+    def silent(self) -> bool:
+        """Whether a call of the store waits for its answer."""
+        return self._unanswered is not None and not self._unanswered.done()
+
+    def ask(self, call: Callable[[dist.Store], T], limit_s: float, look: Callable[[], None] = lambda: None) -> T:
+        """call(store); look() every now and then until the store answers.
+
+        Raises NoAnswerError after limit_s seconds. One call waits at most: the next waits for that one first.
+        """
+        end = time.monotonic() + limit_s
+        future = self._unanswered
+        if future is not None:
+            with suppress(dist.DistError):
+                answer(future, limit_s, look)
+        asked: Future[T] = apart(lambda: call(self.store))
+        self._unanswered = asked
+        try:
+            return answer(asked, max(0.0, end - time.monotonic()), look)
+        finally:
+            if asked.done():
+                self._unanswered = None
 
     def leave_communicators(self) -> None:
         """Say to the other ranks that this one makes no more calls."""

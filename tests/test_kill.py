@@ -10,6 +10,7 @@ import json
 import multiprocessing as mp
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import torch
 from deadlines import hasten, tell, wait_for_word
 
 import fcomm
+from fcomm import processes as identities
 from fcomm.backends import shm_failure, shm_opening
 from fcomm.backends.pool import native
 from fcomm.bootstrap import loopback_store
@@ -230,6 +232,52 @@ def test_a_rank_that_dies_before_the_group_opens(victim: int, serves: bool, clai
         kind, text, culprits, took_s = json.loads((tmp_path / f"end{r}").read_text())
         assert (kind, culprits) == ("PeerDiedError", [victim]), text
         assert took_s < 15.0  # half the deadline
+
+
+def serving_main(rank: int, size: int, root: str, plan: dict[str, Any]) -> None:
+    """Rank 0, whose process serves the store, stops, or dies while a forked child of it holds its sockets."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(plan["port"]))
+    backend = {"cpu": fcomm.cpu, "c10d": fcomm.c10d}[plan["backend"]]
+    group = fcomm.subgroup(fcomm.init(timeout_s=60.0), range(size), name="served", timeout_s=60.0)
+    if plan["opened"]:
+        hasten(group, backend, 2.0)
+    live(group).timeout_s = 2.0
+    if rank == 0 and plan["act"] == signal.SIGKILL and os.fork() == 0:
+        wait_until(Path(root, "over").exists, 60, "the end of the test")
+        os._exit(0)
+    Path(root, f"ready{rank}").touch()
+    wait_until(Path(root, "struck").exists, 60, "rank 0 struck")
+    start = time.monotonic()
+    try:
+        fcomm.all_reduce(torch.ones(3), group, backend)
+    except fcomm.FcommError as error:
+        end = [type(error).__name__, str(error), list(error.culprits), time.monotonic() - start]
+        Path(root, f"tmp{rank}").write_text(json.dumps(end))
+        Path(root, f"tmp{rank}").rename(Path(root, f"end{rank}"))
+        signal.pause()
+
+
+@pytest.mark.parametrize("act", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize(("backend", "opened"), [("cpu", False), ("c10d", False), ("c10d", True)])
+def test_a_store_that_does_not_answer_holds_nobody(
+    backend: str, opened: bool, act: signal.Signals, tmp_path: Path
+) -> None:
+    store, port = loopback_store(60.0)
+    del store  # the first rank takes its place
+    plan = {"backend": backend, "opened": opened, "act": act, "port": port}
+    with processes(3, tmp_path, plan, serving_main) as ranks:
+        wait_until(lambda: all((tmp_path / f"ready{r}").exists() for r in range(3)), 60, "all ranks ready")
+        os.kill(ranks[0].pid, act)
+        (tmp_path / "struck").touch()
+        wait_until(lambda: all((tmp_path / f"end{r}").exists() for r in (1, 2)), 40, "the survivors raise")
+        (tmp_path / "over").touch()
+    ends = [json.loads((tmp_path / f"end{r}").read_text()) for r in (1, 2)]
+    for kind, text, culprits, took_s in ends:
+        late = ("CollectiveTimeoutError", "RendezvousError") if act == signal.SIGSTOP else ("PeerDiedError",)
+        assert kind in late, text
+        assert kind == ends[0][0]
+        assert culprits == [0], text
+        assert took_s < 15.0
 
 
 # --- ranks that disagree ----------------------------------------------------------------------------------------------
@@ -518,6 +566,56 @@ def check_closed(world: fcomm.Group) -> list[str]:
 
 def test_a_closed_group_says_so_and_leaves_nothing() -> None:
     run_ranks(check_closed, 3, timeout_s=60)
+
+
+@contextlib.contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """This process can open only that many files more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + count + 1, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.dup(0))
+        for fd in held[-count:] if count else ():
+            os.close(held.pop(held.index(fd)))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in held:
+            os.close(fd)
+
+
+def check_without_descriptors(world: fcomm.Group, poor: int) -> list[str]:
+    """A rank that can open no file says so, and takes nobody for dead whom it cannot look up."""
+    failures: list[str] = []
+    fcomm.barrier(world, fcomm.c10d)
+    for left in (0, 1, 2, 3, 4, 5):
+        group = fcomm.subgroup(world, range(world.size), name=f"poor {left}", timeout_s=1.5)
+        fcomm.barrier(world, fcomm.c10d)
+        if world.rank == (poor + 1) % world.size:
+            time.sleep(0.4)  # so that the others look around
+        with descriptors_left(left) if world.rank == poor else contextlib.nullcontext():
+            fcomm.barrier(world, fcomm.c10d)
+            try:
+                fcomm.barrier(group, fcomm.cpu)
+                failures.append(f"{left}: opened")
+            except fcomm.FcommError as error:
+                if error.culprits != (poor,) or "Too many open files" not in str(error):
+                    failures.append(f"{left}: {type(error).__name__} of {error.culprits}: {error}")
+    return failures
+
+
+def test_a_rank_without_descriptors_says_so_and_blames_nobody() -> None:
+    for poor in (0, 2):
+        run_ranks(check_without_descriptors, 3, poor, timeout_s=60)
+
+
+def test_nothing_is_known_of_a_process_of_another_namespace() -> None:
+    host, _, start, space = identities.identity().split("/")
+    assert identities.has_ended(f"{host}/{2**22 + 1}/{start}/{space}")
+    assert not identities.has_ended(f"{host}/{2**22 + 1}/{start}/{space}0")
 
 
 def check_left(world: fcomm.Group) -> list[str]:

@@ -14,19 +14,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fcomm import processes
-from fcomm.backends.worker import Worker, start_worker, submit_behind
-from fcomm.bootstrap import wait_for_keys
+from fcomm.backends.worker import Worker, apart, start_worker, submit_behind
+from fcomm.bootstrap import NoAnswerError, answer, wait_for_keys
 from fcomm.errors import (
     BackendError,
     CollectiveTimeoutError,
@@ -38,6 +38,8 @@ from fcomm.errors import (
 )
 from fcomm.group import Group
 from fcomm.rendezvous import Live, live
+
+T = TypeVar("T")
 
 _SLICE_S = 0.25  # how often a rank that waits looks whether another one has failed
 _SLICE = timedelta(seconds=_SLICE_S)
@@ -72,6 +74,7 @@ class Communicator:
     check: every call is compared over the ranks before it is made (FCOMM_CHECK=1).
     peers: the ranks' identities, as in fcomm/processes.py.
     directed: send and recv use edges. calls, name: how many calls were made, and the collective of the last.
+    asked: whether another rank has failed, while the store, whose server may be stopped, has not answered.
     sending: the sends that may still be on their way, or futures of them, with the tensors they read.
     """
 
@@ -89,6 +92,7 @@ class Communicator:
     sending: list[tuple[Any, Tensor]] = field(default_factory=list)
     edges: dict[tuple[int, int], Edge] = field(default_factory=dict)
     failure: FcommError | None = None
+    asked: Future[bool] | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
@@ -229,12 +233,35 @@ def _open(group: Group, device: str) -> Communicator:
     directed = device in _DIRECTED and not _is_fake(pg)
     on = Communicator(group, owner, device, pg, pg is None, check, owner.identities, store, directed)
     try:
-        on.peers = [""] * on.size if _is_fake(pg) else _introduce(on)
+        on.peers = [""] * on.size if _is_fake(pg) else _answered(on, lambda: _introduce(on))
         if on.owned:
-            on.pg = _process_group(on, on.store, on.rank, on.size)
+            on.pg = _answered(on, lambda: _process_group(on, on.store, on.rank, on.size))
     except RuntimeError as error:
         raise error if isinstance(error, FcommError) else _account(on, error) from error
+    except OSError as error:  # of this process alone, as a lack of descriptors
+        raise BackendError(
+            f"c10d: group '{group.name}' of size {on.size} cannot be opened on rank {on.rank}: {error}",
+            group=group.name,
+            rank=on.rank,
+            culprits=[on.rank],
+        ) from error
     return on
+
+
+def _answered(on: Communicator, fn: Callable[[], T]) -> T:
+    """fn(), which asks the store again and again; it raises what it finds, unless the store does not answer."""
+    if on.device != "cpu":
+        return fn()  # NCCL's belongs to the thread that makes it
+
+    def look() -> None:
+        if processes.ended(on.peers) and time.monotonic() > deadline - on.live.timeout_s + _STORE_S:
+            raise NoAnswerError("the store does not answer")
+
+    deadline = time.monotonic() + on.live.timeout_s
+    try:
+        return answer(apart(fn), on.live.timeout_s + _SLICE_S, look)
+    except NoAnswerError as error:
+        raise _error(on, _verdict_alone(on, True, str(error))) from error
 
 
 def _is_fake(pg: Any) -> bool:
@@ -313,7 +340,7 @@ def _close(on: Communicator) -> None:
             edge.worker.stop()
     on.edges.clear()
     with suppress(RuntimeError):
-        on.store.set(f"closed/{on.rank}", str(on.calls))
+        answer(apart(lambda: on.store.set(f"closed/{on.rank}", str(on.calls))), _STORE_S)
     on.pg = None
 
 
@@ -324,10 +351,13 @@ def _look_around(on: Communicator, deadline: float) -> None:
     """Raise if the deadline has passed, another rank has failed, or one is gone."""
     if time.monotonic() > deadline:
         raise RuntimeError(f"Timed out after {on.live.timeout_s} s")
-    if on.store.check(["failed"]):
-        raise RuntimeError("another rank failed")
     if processes.ended(on.peers):
         raise RuntimeError("Connection lost")
+    on.asked = on.asked or apart(lambda: on.store.check(["failed"]))
+    if wait([on.asked], _SLICE_S).done:
+        said, on.asked = on.asked, None
+        if said.result():
+            raise RuntimeError("another rank failed")
 
 
 def _account(on: Communicator, error: Exception) -> FcommError:
@@ -344,10 +374,21 @@ def _account(on: Communicator, error: Exception) -> FcommError:
 
     thread = threading.Thread(target=agree, name="fcomm-account", daemon=True)
     thread.start()
-    thread.join(_ACCOUNT_S + _STORE_S)
-    unanswered = f"{text}; the store does not answer"
-    verdict = verdicts[0] if verdicts else _write(BackendError, processes.ended(on.peers), unanswered)
-    return _error(on, verdict)
+    patience_s = _ACCOUNT_S / 2 if processes.ended(on.peers) else _STORE_S
+    thread.join(_SLICE_S if on.asked else _ACCOUNT_S + patience_s)
+    return _error(on, verdicts[0] if verdicts else _verdict_alone(on, timeout, text))
+
+
+def _verdict_alone(on: Communicator, timeout: bool, text: str) -> str:
+    """Where the store does not answer: what the kernel of this host says of the ranks is the same on all of them."""
+    unanswered = f"the store does not answer ({text})"
+    # At the deadline whoever is stopped explains it; one that has ended may be a survivor that was quicker than this.
+    if timeout and (still := processes.stopped(on.peers)):
+        text = f"{processes.named(still)} stopped, by a signal or a debugger; {unanswered}"
+        return _write(CollectiveTimeoutError, still, text)
+    if gone := processes.ended(on.peers):
+        return _write(PeerDiedError, gone, f"{processes.named(gone)} ended; {unanswered}")
+    return _write(CollectiveTimeoutError if timeout else BackendError, [], unanswered)
 
 
 def _verdict(on: Communicator, timeout: bool, text: str) -> str:

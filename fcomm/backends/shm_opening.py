@@ -2,9 +2,10 @@
 
 Rank 0 makes the region, a sealed memfd, and waits on an abstract UNIX socket. Each other rank connects and passes a
 descriptor of its own life (a pidfd); rank 0 passes back the region and the lives of all. Nothing has a name in a file
-system, so nothing is left behind, whoever is killed when. The group's store carries fixed-size bytes only:
+system, so nothing is left behind, whoever is killed when. The group's store carries fixed-size bytes, but for an error:
 
     claim/<rank>   every rank: can it run the engine, and which host is it on
+    failed         the first error that a rank finds, which all raise
     address        rank 0: the socket's random name, and the nonce that the region must show
 
 A peer must be of our own user (SO_PEERCRED), and one that does not say the nonce first is turned away.
@@ -14,26 +15,32 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from fcomm import processes
-from fcomm.errors import PeerDiedError, RendezvousError
+from fcomm.bootstrap import NoAnswerError
+from fcomm.errors import FcommError, PeerDiedError, RendezvousError, printable
 from fcomm.rendezvous import Live
+
+T = TypeVar("T")
 
 _CLAIM = struct.Struct("!B3x32s")  # engine ABI, 0 for none; host
 _ADDRESS = struct.Struct("!16sQ")  # socket name, nonce
 _HELLO = struct.Struct("!QI4x")  # nonce, rank
 _FDS_PER_MESSAGE = 250  # the kernel takes 253
 _READY, _FAILED = b"+", b"-"
+_FAILED_KEY = "cpu/failed"
+_FIRST_S = 2.0  # how long a rank that fails asks the store whether another was first
 # A rank says who it is as soon as it has connected, but may get no core for seconds, and does not connect twice. A
 # stranger that says nothing, and can only be a process of our own user, holds the opening up for as long.
 _HELLO_S = 30.0
@@ -47,6 +54,11 @@ def host_identity() -> bytes:
 
 def why_not_shared(owner: Live, abi: int) -> str | None:
     """Every rank tells whether it has the engine and where it runs; None if all can share memory, the reason if not."""
+    with _agreed(owner):
+        return _why_not_shared(owner, abi)
+
+
+def _why_not_shared(owner: Live, abi: int) -> str | None:
     group = owner.group
     deadline = time.monotonic() + owner.timeout_s
     _set(owner, f"cpu/claim/{group.rank}", _CLAIM.pack(abi, host_identity()))
@@ -65,7 +77,8 @@ def why_not_shared(owner: Live, abi: int) -> str | None:
 def open_region(owner: Live, native: Any, first_round: int = 0) -> Any:
     """The engine's communicator of this rank. Raises RendezvousError, or PeerDiedError where a rank ends meanwhile."""
     deadline = time.monotonic() + owner.timeout_s
-    with contextlib.ExitStack() as opened:
+    # In this order: a rank that fails says why before its sockets close.
+    with contextlib.ExitStack() as opened, _agreed(owner):
         life = opened.enter_context(_descriptor(_own_life()))
         if owner.group.rank == 0:
             return _serve(owner, native, first_round, life, deadline, opened)
@@ -90,7 +103,8 @@ def _serve(owner: Live, native: Any, first_round: int, life: int, deadline: floa
             continue
         try:
             hello, fds = _receive(connection, _HELLO.size, 1, min(deadline, time.monotonic() + _HELLO_S))
-        except (OSError, EOFError):
+        except (OSError, EOFError) as error:
+            _raise_if_ours(error)
             continue  # a stranger, or a rank that died: the deadline names who is missing
         theirs, rank = _HELLO.unpack(hello)
         if theirs != nonce or rank not in missing or len(fds) != 1:
@@ -113,7 +127,8 @@ def _serve(owner: Live, native: Any, first_round: int, life: int, deadline: floa
     for rank, connection in peers.items():
         with _peer(owner, rank):
             connection.sendall(_FAILED if failed else _READY)
-    _raise_unmapped(owner, failed)
+    if failed:
+        raise _unmapped(owner, failed)
     return communicator
 
 
@@ -138,7 +153,8 @@ def _join(owner: Live, native: Any, life: int, deadline: float, opened: contextl
         connection.sendall(_FAILED if text else _READY)
         verdict, _ = _receive(connection, 1, 0, deadline)
     failed = {rank: text} if text else {} if verdict == _READY else {0: "a rank could not map its memory, see its log"}
-    _raise_unmapped(owner, failed)
+    if failed:
+        raise _unmapped(owner, failed)
     return communicator
 
 
@@ -154,16 +170,15 @@ def _map(owner: Live, native: Any, region: int, lives: Sequence[int], nonce: int
         return None, str(error)
 
 
-def _raise_unmapped(owner: Live, failed: dict[int, str]) -> None:
-    """Raise RendezvousError if a rank could not map the region: {rank: why}."""
+def _unmapped(owner: Live, failed: dict[int, str]) -> RendezvousError:
+    """{rank: why} could not map the region."""
     group = owner.group
-    if failed:
-        named = "; ".join(f"rank {r}: {text}" for r, text in sorted(failed.items()))
-        raise RendezvousError(
-            f"cpu: group '{group.name}' of size {group.size} could not open its shared memory: {named}; "
-            "check the limits of memory and of descriptors, or use fcomm.c10d",
-            group=group.name, rank=group.rank, culprits=failed,
-        )  # fmt: skip
+    named = "; ".join(f"rank {r}: {text}" for r, text in sorted(failed.items()))
+    return RendezvousError(
+        f"cpu: group '{group.name}' of size {group.size} could not open its shared memory: {named}; "
+        "check the limits of memory and of descriptors, or use fcomm.c10d",
+        group=group.name, rank=group.rank, culprits=failed,
+    )  # fmt: skip
 
 
 # --- lives --------------------------------------------------------------------------------------------------------
@@ -209,7 +224,7 @@ def _connect(connection: socket.socket, address: bytes, deadline: float) -> None
 
 def _accept(owner: Live, listener: socket.socket, missing: Sequence[int], deadline: float) -> socket.socket:
     while True:
-        _look_for_the_dead(owner)
+        _look_around(owner, deadline)
         listener.settimeout(min(_SLICE_S, max(0.001, deadline - time.monotonic())))
         try:
             return listener.accept()[0]
@@ -234,14 +249,55 @@ def _peer(owner: Live, rank: int) -> Iterator[None]:
     except TimeoutError as error:
         raise _absent(owner, [rank]) from error
     except (OSError, EOFError) as error:
+        _raise_if_ours(error)
         # One that gave up because another had ended closes its socket, too.
         raise _died(owner, processes.ended(owner.identities) or [rank]) from error
+
+
+def _raise_if_ours(error: BaseException) -> None:
+    """Raise what no peer is to blame for."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+        raise error
 
 
 def _look_for_the_dead(owner: Live) -> None:
     """Raise PeerDiedError if a rank has ended: not all have joined yet, so now they never will."""
     if dead := processes.ended(owner.identities):
         raise _died(owner, dead)
+
+
+def _look_around(owner: Live, deadline: float) -> None:
+    """Raise if a rank has ended, or has reported an error."""
+    _look_for_the_dead(owner)
+    if _has(owner, _FAILED_KEY, deadline):
+        raise FcommError("another rank failed")  # _agreed says how
+
+
+@contextlib.contextmanager
+def _agreed(owner: Live) -> Iterator[None]:
+    """All ranks raise the first error that one of them finds, and none waits for a rank that has given up."""
+    group = owner.group
+    try:
+        yield
+    except OSError as error:
+        mine: FcommError = error if isinstance(error, FcommError) else _unmapped(owner, {group.rank or 0: str(error)})
+        raise _first(owner, mine) from error
+    except FcommError as error:
+        raise _first(owner, error) from error
+
+
+def _first(owner: Live, error: FcommError) -> FcommError:
+    """The error that stands, which is this one where no rank was faster, or the store has gone."""
+    said = "\n".join((type(error).__name__, " ".join(map(str, error.culprits)), str(error)))
+    limit_s = _SLICE_S if owner.silent else _FIRST_S
+    try:
+        stands = owner.ask(lambda store: store.compare_set(_FAILED_KEY, "", said), limit_s).decode(errors="replace")
+    except RuntimeError:
+        return error
+    kind, culprits, text = [*stands.split("\n", 2), "", ""][:3]
+    ranks = [int(r) for r in culprits.split() if r.isdigit()]
+    of = PeerDiedError if kind == PeerDiedError.__name__ else RendezvousError
+    return of(printable(text), group=owner.group.name, rank=owner.group.rank, culprits=ranks)
 
 
 def _died(owner: Live, dead: Sequence[int]) -> PeerDiedError:
@@ -277,10 +333,15 @@ def _receive(connection: socket.socket, nbytes: int, fds: int, deadline: float) 
 def _recv_fds(connection: socket.socket, nbytes: int, fds: int) -> tuple[bytes, list[int]]:
     # Not socket.recv_fds: its descriptors would be inherited by programs that this process starts.
     found = array.array("i")
-    data, ancillary, _, _ = connection.recvmsg(nbytes, socket.CMSG_LEN(fds * found.itemsize), socket.MSG_CMSG_CLOEXEC)
+    room = socket.CMSG_LEN(fds * found.itemsize)
+    data, ancillary, flags, _ = connection.recvmsg(nbytes, room, socket.MSG_CMSG_CLOEXEC)
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             found.frombytes(content[: len(content) - len(content) % found.itemsize])
+    if flags & socket.MSG_CTRUNC and len(found) < fds:  # there was room for them, but no number
+        for fd in found:
+            os.close(fd)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     return data, list(found)
 
 
@@ -302,11 +363,19 @@ def _receive_fds(connection: socket.socket, count: int, deadline: float) -> list
 # --- the store ----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _store(owner: Live) -> Iterator[dist.Store]:
-    """Errors of the group's store: the process that serves it, often a rank, has ended."""
+def _ask(owner: Live, call: Callable[[dist.Store], T], deadline: float) -> T:
+    """call(store). Its errors are that the process that serves it, often a rank, has ended, or does not answer."""
+    group = owner.group
     try:
-        yield owner.store
+        return owner.ask(call, max(0.0, deadline - time.monotonic()), lambda: _look_for_the_dead(owner))
+    except NoAnswerError as error:
+        still = processes.stopped(owner.identities)
+        cause = f"{processes.named(still)} is stopped" if still else "the process that serves it may be stopped"
+        raise RendezvousError(
+            f"cpu: the store of group '{group.name}' of size {group.size} did not answer within {owner.timeout_s} s; "
+            f"{cause}",
+            group=group.name, rank=group.rank, culprits=still,
+        ) from error  # fmt: skip
     except dist.DistError as error:
         time.sleep(_SLICE_S)  # a process that ends closes its sockets first
         dead = processes.ended(owner.identities)
@@ -320,29 +389,27 @@ def _store(owner: Live) -> Iterator[dist.Store]:
 
 
 def _set(owner: Live, key: str, value: bytes) -> None:
-    with _store(owner) as store:
-        store.set(key, value)  # type: ignore[arg-type]  # torch's stub says str, bytes arrive unchanged
+    # torch's stub says str, bytes arrive unchanged.
+    _ask(owner, lambda store: store.set(key, value), time.monotonic() + owner.timeout_s)  # type: ignore[arg-type]
 
 
-def _has(owner: Live, key: str) -> bool:
-    with _store(owner) as store:
-        return store.check([key])
+def _has(owner: Live, key: str, deadline: float) -> bool:
+    return _ask(owner, lambda store: store.check([key]), deadline)
 
 
 def _get(owner: Live, key: str, nbytes: int, rank: int, deadline: float) -> bytes:
     """The value of that length that rank sets; polled, since a blocking wait would not see Ctrl-C."""
     nap = 0.0005
     look = time.monotonic() + _SLICE_S
-    while not _has(owner, key):
+    while not _has(owner, key, deadline):
         if time.monotonic() > deadline:
             raise _absent(owner, [rank])
         if time.monotonic() > look:
-            _look_for_the_dead(owner)
+            _look_around(owner, deadline)
             look = time.monotonic() + _SLICE_S
         time.sleep(nap)
         nap = min(2 * nap, 0.02)
-    with _store(owner) as store:
-        value = bytes(store.get(key))
+    value = bytes(_ask(owner, lambda store: store.get(key), deadline))
     if len(value) != nbytes:
         raise RendezvousError(
             f"cpu: rank {rank} of group '{owner.group.name}' left {len(value)} bytes under '{key}', not {nbytes}; "

@@ -68,6 +68,17 @@ def start_worker() -> Worker:
     return worker
 
 
+def apart(fn: Callable[[], T]) -> Future[T]:
+    """fn() in a thread of its own; in the caller's where none can be started."""
+    try:
+        worker = start_worker()
+    except RuntimeError:  # a limit of memory or of threads
+        worker = Worker()
+    future = worker.submit(fn)
+    worker.stop()
+    return future
+
+
 def submit_behind(worker: Worker, x: Tensor, fn: Callable[[], T]) -> Future[T]:
     """Have the worker run fn, which reads x, on a stream of its own: after what the current stream has done so far."""
     if x.device.type == "cpu":
