@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -516,6 +517,68 @@ def check_interrupt(world: fcomm.Group) -> list[str]:
 
 def test_ctrl_c_ends_a_wait() -> None:
     run_ranks(check_interrupt, 2, timeout_s=60)
+
+
+def check_interrupted_close(world: fcomm.Group) -> list[str]:
+    """A message that nobody receives holds close() up, until Ctrl-C."""
+    group = fcomm.subgroup(world, range(2), name="sends", timeout_s=50.0)
+    fcomm.barrier(group, fcomm.cpu)
+    if world.rank == 1:
+        wait_for_word(world, "closed")
+        return []
+    fcomm.send(ones(2**20), group, fcomm.cpu, dst=1)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    try:
+        fcomm.close(group)
+        return ["no KeyboardInterrupt"]
+    except KeyboardInterrupt:
+        took_s = time.monotonic() - began
+        return [] if took_s < 15 else [f"after {took_s} s"]
+    finally:
+        tell(world, "closed")
+
+
+def test_ctrl_c_ends_a_close() -> None:
+    run_ranks(check_interrupted_close, 2, timeout_s=60)
+
+
+def check_closed_beneath(world: fcomm.Group) -> list[str]:
+    """One thread closes the group in which another one waits, as the exit of the process does."""
+    group = fcomm.subgroup(world, range(2), name="beneath", timeout_s=50.0)
+    fcomm.barrier(group, fcomm.cpu)
+    if world.rank == 1:
+        wait_for_word(world, "closed")
+        try:
+            fcomm.all_reduce(ones(4), group, fcomm.cpu)
+            return []  # its part was there already
+        except fcomm.PeerDiedError as error:
+            return [] if error.culprits == (0,) else [str(error)]
+    texts: list[str] = []
+
+    def waits() -> None:
+        try:
+            fcomm.all_reduce(ones(4), group, fcomm.cpu)
+        except fcomm.GroupClosedError as error:
+            texts.append(str(error))
+
+    thread = threading.Thread(target=waits)
+    thread.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    fcomm.close(group)
+    took_s = time.monotonic() - began
+    tell(world, "closed")
+    thread.join()
+    return (
+        []
+        if took_s < 15 and texts == ["all_reduce: group 'beneath' is closed; create it again"]
+        else [f"{took_s} {texts}"]
+    )
+
+
+def test_close_ends_the_wait_of_another_thread() -> None:
+    run_ranks(check_closed_beneath, 2, timeout_s=60)
 
 
 def check_fork(world: fcomm.Group) -> list[str]:

@@ -141,7 +141,11 @@ PyObject *failed(fcomm_status s) {
 }
 
 void free_comm(PyObject *capsule) {
+  PyObject *type, *value, *traceback;  // of what may be on its way while objects die
+  PyErr_Fetch(&type, &value, &traceback);
   if (auto *comm = static_cast<fcomm_comm *>(PyCapsule_GetPointer(capsule, kComm))) fcomm_free(comm);
+  if (PyErr_Occurred()) PyErr_WriteUnraisable(capsule);  // Ctrl-C while it closed
+  PyErr_Restore(type, value, traceback);
 }
 
 PyObject *format(PyObject *, PyObject *args) {

@@ -31,6 +31,8 @@ namespace fcomm {
 namespace {
 
 constexpr int kMostSpins = 2000;  // about 50 us
+// How long a thread may still wait in a call when another one closes the group: at the exit of the process, say.
+constexpr std::int64_t kCloseGrace = 1'000'000'000;
 
 std::atomic<unsigned> fork_generation{0};
 std::atomic<int (*)(void)> interrupt_hook{nullptr};
@@ -128,6 +130,7 @@ fcomm_status wait_slowly(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std
     if (const fcomm_status s = look_for_poison(c)) return s;
     if (const fcomm_status s = look_for_the_dead(c, peer, word, target, among, round)) return s;
     if (const auto hook = interrupt_hook.load(); hook && hook()) return poison(c, FCOMM_INTERRUPTED, c.rank, round);
+    if (const std::int64_t asked = c.closing.load(); asked && now_ns() - asked > kCloseGrace) return FCOMM_CLOSED;
     const std::int64_t left = start + c.timeout_ns - now_ns();
     if (left <= 0) return deadline(c, peer, round, among);
     // Announce, then sleep if the kernel still sees the old value; the peer publishes, then looks for sleepers. All
@@ -179,16 +182,21 @@ int minority(const fcomm_comm &c, std::uint32_t round) {
   return culprit;
 }
 
-// Sends what is still in line to whoever goes on receiving, for as long as the deadline allows.
+// Sends what is still in line to whoever goes on receiving, for as long as the deadline and Ctrl-C allow.
 void hand_out(fcomm_comm &c) {
+  constexpr int kNapsPerLook = 100;
   const std::int64_t start = now_ns();
+  bool interrupted = false;
+  int naps = 0;
   for (int p = 0; p < c.size; ++p) {
     auto &line = c.pending[std::size_t(p)];
     while (!line.empty() && progress(c) && !line.empty()) {
       pollfd life{c.life[std::size_t(p)], POLLIN, 0};
       if (c.control(p).left.load(std::memory_order_acquire) != kStays || poll(&life, 1, 0) > 0 || c.broken ||
-          c.header().poison.load(std::memory_order_acquire) || now_ns() - start > c.timeout_ns)
+          c.header().poison.load(std::memory_order_acquire) || now_ns() - start > c.timeout_ns || interrupted)
         break;
+      if (++naps % kNapsPerLook == 0)
+        if (const auto hook = interrupt_hook.load(); hook && hook()) interrupted = true;
       const timespec nap{0, 100'000};
       nanosleep(&nap, nullptr);
     }
@@ -388,6 +396,8 @@ fcomm_status fcomm_open(int fd, int rank, int size, const int *life_fds, uint64_
 fcomm_status fcomm_close(fcomm_comm *comm) {
   fcomm_comm &c = *comm;
   if (c.fork_generation != fork_generation.load()) return FCOMM_FORKED;
+  std::int64_t before = 0;
+  c.closing.compare_exchange_strong(before, now_ns());
   const std::unique_lock lock(c.mutex);
   if (c.closed) return FCOMM_OK;
   c.control(c.rank).left.store(kLeaving, std::memory_order_release);

@@ -92,6 +92,7 @@ struct fcomm_comm {
   fcomm::SlotWriting writing;
   unsigned fork_generation = 0;
   bool closed = false, broken = false;
+  std::atomic<std::int64_t> closing{0};  // when close() was called, perhaps by another thread than the one that waits
   fcomm_failure failure{};
   mutable std::mutex mutex;
   std::vector<int> life;
