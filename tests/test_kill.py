@@ -527,6 +527,7 @@ def check_interrupted_close(world: fcomm.Group) -> list[str]:
         wait_for_word(world, "closed")
         return []
     fcomm.send(ones(2**20), group, fcomm.cpu, dst=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     try:
