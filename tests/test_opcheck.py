@@ -1,4 +1,4 @@
-"""torch.library.opcheck, all four of its tests, for every registered collective: on one rank, and on two at once.
+"""torch's opcheck, all four of its tests, for every registered collective: on one rank, and on two at once.
 
 On a simulated axis an op has no kernel of its own, only a batching rule: test_matrix.py and test_programs.py test that.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 import fcomm
 from fcomm import collectives
@@ -50,7 +50,7 @@ def arguments(record: Record, group: fcomm.Group, op: str) -> tuple[Any, ...]:
 def report(name: str, op: str, group: fcomm.Group) -> list[str]:
     """The tests of opcheck that did not succeed."""
     record = RECORDS[name]
-    said = opcheck(
+    said = library.opcheck(
         getattr(torch.ops.fcomm, name).default, arguments(record, group, op), test_utils=TESTS, raise_exception=False
     )
     assert set(said) == set(TESTS), "opcheck left a test out"

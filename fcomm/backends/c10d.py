@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fcomm.arithmetic import fold
+from fcomm.arithmetic import divide, fold
 from fcomm.backends.processgroup import Communicator, call, calling, compare_calls, receive, send_later
 from fcomm.backends.rows import (
     check_blocks,
@@ -110,9 +110,7 @@ def _is_native(on: Communicator, dtype: torch.dtype, op: str) -> bool:
 
 def _all_reduce(x: Tensor, on: Communicator, *, op: str) -> Tensor:
     if op == "mean" and x.dtype in _NATIVE_OF_TWO["sum"] and _is_native(on, x.dtype, "sum"):
-        y = _all_reduce(x, on, op="sum")
-        (torch.view_as_real(y) if y.is_complex() else y).div_(on.size)
-        return y
+        return divide(_all_reduce(x, on, op="sum"), on.size)
     if not _is_native(on, x.dtype, op):
         return _fold_rows(on, x, lambda blocks: fold(blocks, op).expand(on.size, -1).contiguous())
     y = x.clone()
