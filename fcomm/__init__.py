@@ -120,7 +120,11 @@ __all__ = [
     "subgroup",
 ]
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from fcomm import backends as backends
+    from fcomm import layers as layers
+    from fcomm import testing as testing
+else:
 
     def __getattr__(name):
         """fcomm.layers and the like without an import of their own; importing fcomm need not pay for them."""
@@ -129,3 +133,8 @@ if not TYPE_CHECKING:
 
             return import_module(f"fcomm.{name}")
         raise AttributeError(f"module 'fcomm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, and the packages of more of them."""
+    return sorted([*__all__, "backends", "layers", "testing"])

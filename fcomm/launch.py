@@ -15,13 +15,15 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from fcomm.bootstrap import loopback_store
 from fcomm.errors import ArgumentError, CollectiveTimeoutError, FcommError, GroupPoisonedError, PeerDiedError
 from fcomm.rendezvous import check_timeout, close, init
+
+T = TypeVar("T")
 
 # After the first failure the other ranks get this long to fail by themselves, so that their errors can be shown too.
 _GRACE_S = 2.0
@@ -41,7 +43,7 @@ class _Failure(NamedTuple):
     text: str
 
 
-def run(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run(fn: Callable[..., T], size: int, *args: Any, timeout_s: float = 120.0) -> list[T]:
     """Call fn(world, *args) in `size` processes on this machine; their results, in rank order.
 
     fn, args and results are pickled, so fn is a function of a module or script, not a lambda; tensors go by value. A

@@ -277,7 +277,11 @@ def from_process_group(
 
 
 def from_device_mesh(
-    mesh: Any, dim: str | int | None = None, *, name: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+    mesh: dist.DeviceMesh,
+    dim: str | int | None = None,
+    *,
+    name: str | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Group:
     """This process's group along one dimension of a torch DeviceMesh; dim may be left out of a 1-D mesh.
 

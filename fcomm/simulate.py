@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from fcomm.errors import ArgumentError, FcommError
 from fcomm.group import Group
 from fcomm.registration import bound, is_bound
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-def simulate(fn: Callable[..., Any], axis: Group, *, randomness: str = "error") -> Callable[..., Any]:
+
+def simulate(fn: Callable[P, T], axis: Group, *, randomness: str = "error") -> Callable[P, T]:
     """The function that runs fn on every rank of a simulated axis at once.
 
         g = fcomm.simulate(lambda x: fcomm.all_reduce(x, tp, fcomm.sim), tp)
@@ -33,7 +36,7 @@ def simulate(fn: Callable[..., Any], axis: Group, *, randomness: str = "error") 
         raise ArgumentError(f"simulate: axis is {axis!r}; pass a simulated group, fcomm.axis('tp', 4)")
     key, size = axis.key, axis.size
 
-    def one_rank(index: Tensor, args: Any, kwargs: Any) -> Any:
+    def one_rank(index: Tensor, args: Any, kwargs: Any) -> T:
         with bound(key, index):
             result = fn(*args, **kwargs)
         for y in pytree.tree_leaves(result):
@@ -51,7 +54,7 @@ def simulate(fn: Callable[..., Any], axis: Group, *, randomness: str = "error") 
             )
         return 0
 
-    def simulated(*args: Any, **kwargs: Any) -> Any:
+    def simulated(*args: P.args, **kwargs: P.kwargs) -> T:
         if is_bound(key):
             raise FcommError(f"simulate: axis '{axis.name}' is bound already; give the inner axis another name")
         in_dims = pytree.tree_map(in_dim, (args, kwargs))

@@ -45,3 +45,8 @@ def test_importing_costs_at_most_50_ms_over_torch_and_opens_nothing() -> None:
         assert heavy == []
         costs.append(cost_s)
     assert min(costs) <= 0.05, costs
+
+
+def test_dir_shows_what_is_public_alone() -> None:
+    assert dir(fcomm) == sorted([*fcomm.__all__, "backends", "layers", "testing"])
+    assert all(hasattr(fcomm, name) for name in dir(fcomm))

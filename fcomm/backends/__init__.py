@@ -27,12 +27,17 @@ Ranks that disagree on sizes raise MismatchError, all of them; they never wait f
 What a machine lacks is composed of what it has, or is a row of its `unsupported` table with the reason.
 """
 
-from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from fcomm.backends import hccl as hccl
+    from fcomm.backends import nccl as nccl
+else:
 
-def __getattr__(name: str) -> ModuleType:
-    """fcomm.backends.nccl and .hccl without an import of their own: `import fcomm` has no time for their tables."""
-    if name in ("nccl", "hccl"):
-        return import_module(f"fcomm.backends.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        """fcomm.backends.nccl and .hccl without an import of their own: `import fcomm` has no time for their tables."""
+        if name in ("nccl", "hccl"):
+            from importlib import import_module
+
+            return import_module(f"fcomm.backends.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,7 +43,7 @@ def collect(plan: Plan) -> list[Row]:
         return on_this_rank(fcomm.init(timeout_s=plan.timeout_s), plan)
     if "mpi" in plan.rivals:
         return _under_mpirun(plan)
-    return fcomm.run(on_this_rank, plan.ranks, plan, timeout_s=plan.timeout_s)[0]  # type: ignore[no-any-return]
+    return fcomm.run(on_this_rank, plan.ranks, plan, timeout_s=plan.timeout_s)[0]
 
 
 def _under_mpirun(plan: Plan) -> list[Row]:

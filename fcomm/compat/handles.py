@@ -21,7 +21,7 @@ from fcomm.rendezvous import close, from_process_group, live, subgroup
 GroupLike = Group | dist.ProcessGroup | DeviceMesh | tuple[DeviceMesh, int | str] | list[Any] | str
 _GROUPS = (Group, dist.ProcessGroup, DeviceMesh)
 
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def as_group(group: GroupLike, tag: str = "") -> Group:
@@ -59,7 +59,7 @@ def as_backend(backend: Backend | None, group: Group) -> Backend:
     return backend if backend is not None else sim if group.simulated else c10d
 
 
-def takes_handles(fn: F) -> F:
+def takes_handles(fn: Callable[..., T]) -> Callable[..., T]:
     """fn(.., *, group, backend) that also finds the handles among its positional arguments, by their type.
 
     Others have the group first, last or in the middle; with this one rule their order of arguments stays as it is, and
@@ -67,7 +67,7 @@ def takes_handles(fn: F) -> F:
     """
 
     @wraps(fn)
-    def call(*args: Any, group: Any = None, backend: Backend | None = None, **options: Any) -> Any:
+    def call(*args: Any, group: Any = None, backend: Backend | None = None, **options: Any) -> T:
         rest = []
         for a in args:
             if isinstance(a, Tensor):  # first: Dynamo cannot ask whether a tensor is a ProcessGroup
@@ -83,7 +83,7 @@ def takes_handles(fn: F) -> F:
         group = as_group(group)
         return fn(*rest, group=group, backend=as_backend(backend, group), **options)
 
-    return cast(F, call)
+    return call
 
 
 # --- groups kept under an attribute of _KEPT ----------------------------------------------------------------------

@@ -19,9 +19,9 @@ copy of its input, whatever the sizes. There is no default group, and Megatron's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +29,11 @@ from torch import Tensor
 import fcomm
 from fcomm.collectives import checks
 from fcomm.compat import funcol
-from fcomm.compat.handles import F, takes_handles
+from fcomm.compat.handles import takes_handles
 from fcomm.group import Backend, Group
 
 
-def _region(fn: F) -> F:
+def _region(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """takes_handles; a rank alone gets a copy of its input, also of a number, which has no dim to cut."""
 
     @takes_handles
@@ -41,9 +41,9 @@ def _region(fn: F) -> F:
     def call(input_: Tensor, *args: Any, group: Group, backend: Backend, **options: Any) -> Tensor:
         if group.size == 1:
             return fcomm.pvary(input_, group, backend)
-        return fn(input_, *args, group=group, backend=backend, **options)  # type: ignore[no-any-return]
+        return fn(input_, *args, group=group, backend=backend, **options)
 
-    return cast(F, call)
+    return call
 
 
 @_region

@@ -48,7 +48,7 @@ def train_simulated(ranks: int, model: Model, steps: int, compiler: str) -> Run:
     step = train_step(loss)
 
     def on_all_ranks(state: State, tokens: Tensor, target: Tensor) -> tuple[State, Tensor]:
-        return fcomm.simulate(lambda state: step(state, tokens, target), tp)(state)  # type: ignore[no-any-return]
+        return fcomm.simulate(lambda state: step(state, tokens, target), tp)(state)
 
     batches = text.batches(model.batch, model.sequence, SEED)
     run = train(on_all_ranks, state, batches, steps, report.progress(where(tp), steps), compiler)
