@@ -113,7 +113,7 @@ def all_gather(
         raise ArgumentError(f"all_gather: to is {to!r}; choose one of varying, reduced, invarying")
 
     def leaf(v: Any) -> Any:
-        v, groups = _array(v), _groups(group)
+        v, groups = _array(v), _groups("all_gather", group)
         if not groups and axis_index_groups is None:
             return v
         dim = _canonical("all_gather", "axis", axis, v, group, new=0 if tiled else 1)
@@ -146,7 +146,7 @@ def psum_scatter(
             v = _fold("psum_scatter", _array(v), group, backend, "sum", axis_index_groups)
             dim = _canonical("psum_scatter", "scatter_dimension", scatter_dimension, v, group)
             return _own("psum_scatter", v, group, backend, axis_index_groups, dim, tiled)
-        v, groups = _array(v), _groups(group)
+        v, groups = _array(v), _groups("psum_scatter", group)
         if not groups:
             return v
         *outer, last = groups
@@ -171,33 +171,36 @@ def all_to_all(
 
     def leaf(v: Any) -> Any:
         v, groups = _array(v), _some_groups("all_to_all", group)
-        a = _canonical("all_to_all", "split_axis", split_axis, v, groups)
-        b = _canonical("all_to_all", "concat_axis", concat_axis, v, groups)
+        split_dim = _canonical("all_to_all", "split_axis", split_axis, v, groups)
+        concat_dim = _canonical("all_to_all", "concat_axis", concat_axis, v, groups)
         if axis_index_groups is not None:
             rows = _of_block("all_to_all", v, groups, backend, axis_index_groups)
-            rows = _own("all_to_all", rows, groups, backend, axis_index_groups, a + 1, tiled)
-            return _concatenated(rows, b, tiled)
+            rows = _own("all_to_all", rows, groups, backend, axis_index_groups, split_dim + 1, tiled)
+            return _concatenated(rows, concat_dim, tiled)
         if len(groups) > 1:
-            return _all_to_all_over(groups, backend, v, a, b, tiled)
-        return fcomm.all_to_all(v, groups[0], backend, split_dim=a, concat_dim=b, tiled=tiled)
+            return _all_to_all_over(v, groups, backend, split_dim, concat_dim, tiled)
+        return fcomm.all_to_all(v, groups[0], backend, split_dim=split_dim, concat_dim=concat_dim, tiled=tiled)
 
     return _map(leaf, x)
 
 
-def _all_to_all_over(groups: tuple[Group, ...], backend: Backend, x: Tensor, a: int, b: int, tiled: bool) -> Tensor:
+def _all_to_all_over(
+    x: Tensor, groups: tuple[Group, ...], backend: Backend, split_dim: int, concat_dim: int, tiled: bool
+) -> Tensor:
     """One exchange for each group, along a dimension of its own: rows[i, j] goes to rank (i, j)."""
     sizes = [g.size for g in groups]
-    n = math.prod(sizes)
-    if x.shape[a] % n if tiled else x.shape[a] != n:
+    n, length = math.prod(sizes), x.shape[split_dim]
+    if length % n if tiled else length != n:
         raise ArgumentError(
-            f"all_to_all: x.shape[{a}] is {x.shape[a]}; the {n} ranks of groups {[g.name for g in groups]} need "
+            f"all_to_all: x.shape[{split_dim}] is {length}; the {n} ranks of groups {[g.name for g in groups]} need "
             + (f"a multiple of {n}" if tiled else f"{n}, a row for each")
         )
-    rows: Tensor = (x.unflatten(a, (n, x.shape[a] // n)) if tiled else x).movedim(a, 0).unflatten(0, sizes)
+    blocks = x.unflatten(split_dim, (n, length // n)) if tiled else x
+    rows: Tensor = blocks.movedim(split_dim, 0).unflatten(0, sizes)
     for k, g in enumerate(groups):
         rows = fcomm.all_to_all(rows, g, backend, split_dim=k, concat_dim=k)
-    y: Tensor = rows.flatten(0, len(sizes) - 1).movedim(0, b)
-    return y.flatten(b, b + 1) if tiled else y
+    y: Tensor = rows.flatten(0, len(sizes) - 1).movedim(0, concat_dim)
+    return y.flatten(concat_dim, concat_dim + 1) if tiled else y
 
 
 def ragged_all_to_all(
@@ -247,7 +250,10 @@ def ppermute(x: Tree, group: Groups, backend: Backend, perm: Iterable[tuple[int,
 
     Over several groups every rank receives all x, and keeps that of its source.
     """
-    pairs = [(int(source), int(destination)) for source, destination in perm]
+    try:
+        pairs = [(int(source), int(destination)) for source, destination in perm]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"ppermute: perm is {perm!r}; pass (source, destination) pairs") from error
     groups = _some_groups("ppermute", group)
     if len(groups) == 1:
         return _map(lambda v: fcomm.ppermute(_array(v), groups[0], backend, perm=pairs), x)
@@ -297,7 +303,7 @@ def pvary(x: Tree, group: Groups, backend: Backend) -> Tree:
 
     def leaf(v: Any) -> Tensor:
         x = _array(v)
-        for g in _groups(group):
+        for g in _groups("pvary", group):
             x = fcomm.pvary(x, g, backend)
         return x
 
@@ -313,7 +319,7 @@ def pcast(x: Tree, group: Groups, backend: Backend, *, to: str) -> Tree:
 
 def axis_index(group: Groups, backend: Backend) -> Tensor:
     """This rank's number, an int64 tensor; over several groups it counts row by row, the last group fastest."""
-    groups = _groups(group)
+    groups = _groups("axis_index", group)
     if not groups:
         return torch.zeros((), dtype=torch.int64)
     first, *rest = groups
@@ -325,27 +331,24 @@ def axis_index(group: Groups, backend: Backend) -> Tensor:
 
 def axis_size(group: Groups, backend: Backend) -> int:
     """Number of ranks, an int; over several groups their product."""
-    size = 1
-    for g in _groups(group):
-        size *= g.size
-    return size
+    return math.prod([g.size for g in _groups("axis_size", group)])
 
 
 # --- private ------------------------------------------------------------------------------------------------------
 
 
-def _groups(group: Groups) -> tuple[Group, ...]:
+def _groups(name: str, group: Groups) -> tuple[Group, ...]:
     if isinstance(group, Group):
         return (group,)
     if not isinstance(group, tuple | list) or not all(isinstance(g, Group) for g in group):
-        raise TypeError(f"group is {group!r}; pass a Group, or a list or tuple of them")
+        raise TypeError(f"{name}: group is {group!r}; pass a Group, or a list or tuple of them")
     if len({g.key for g in group}) < len(group):
-        raise ArgumentError(f"group is the sequence {[g.name for g in group]}; pass each once")
+        raise ArgumentError(f"{name}: group is the sequence {[g.name for g in group]}; pass each once")
     return tuple(group)
 
 
 def _some_groups(name: str, group: Groups) -> tuple[Group, ...]:
-    groups = _groups(group)
+    groups = _groups(name, group)
     if not groups:
         raise ArgumentError(f"{name}: no group is given; pass a group, or a sequence of at least one")
     return groups
@@ -367,7 +370,7 @@ def _select(x: Tensor, dim: int, index: Tensor) -> Tensor:
 
 def _fold(name: str, x: Tensor, group: Groups, backend: Backend, op: str, blocks: Blocks) -> Tensor:
     if blocks is None:
-        for g in _groups(group):
+        for g in _groups(name, group):
             x = fcomm.all_reduce(x, g, backend, op=op)
         return x
     _size(name, group, backend, blocks)
@@ -388,7 +391,7 @@ _REDUCTIONS = ("psum", "pmean", "pmax", "pmin")
 
 def _size(name: str, group: Groups, backend: Backend, blocks: Blocks) -> int:
     """Number of ranks that take part with this one; as in JAX, of the first block where they differ in length."""
-    n = axis_size(group, backend)
+    n = math.prod([g.size for g in _groups(name, group)])
     if blocks is None:
         return n
     _some_groups(name, group)
