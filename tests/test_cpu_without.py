@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import socket
 import time
 import warnings
@@ -14,10 +15,11 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import fcomm
 from fcomm.backends import cpu as machine
-from fcomm.backends import shm_opening
+from fcomm.backends import pool, shm_opening
 from fcomm.backends.pool import native
 from fcomm.rendezvous import Live
 from fcomm.testing import run_ranks
@@ -148,3 +150,11 @@ def test_a_pipe_in_place_of_a_pidfd(tmp_path: Path) -> None:
     with pytest.raises(fcomm.FcommError, match="rank 1 of 2 failed:\nthe process ended without a result: exit code 0"):
         run_ranks(check_pipes, 2, str(tmp_path / "found"), timeout_s=60)
     assert (tmp_path / "found").read_text() == ""
+
+
+def test_more_ranks_than_the_engine_has_places_for() -> None:
+    header = (Path(pool.__file__).parent.parent / "csrc" / "fcomm.h").read_text()
+    assert re.findall(r"#define FCOMM_MAX_(?:DIMS|RANKS) (\d+)", header) == [str(pool.MAX_RANKS), str(pool.MAX_DIMS)]
+    many = fcomm.Group("many", tuple(range(pool.MAX_RANKS + 1)), 0)
+    reason = shm_opening.why_not_shared(Live(many, dist.HashStore(), 5.0), 1)
+    assert reason == "its 241 ranks are more than the 240 that share memory"

@@ -32,7 +32,8 @@ _KINDS = {
     **dict.fromkeys((torch.complex64, torch.complex128), 5),
     torch.bool: 6,
 }
-MAX_DIMS = 16  # FCOMM_MAX_DIMS
+# FCOMM_MAX_DIMS and FCOMM_MAX_RANKS in csrc/fcomm.h
+MAX_DIMS, MAX_RANKS = 16, 240
 
 
 def pooled(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from fcomm import processes
+from fcomm.backends.pool import MAX_RANKS
 from fcomm.bootstrap import NoAnswerError
 from fcomm.errors import FcommError, PeerDiedError, RendezvousError, printable
 from fcomm.rendezvous import Live
@@ -54,6 +55,8 @@ def host_identity() -> bytes:
 
 def why_not_shared(owner: Live, abi: int) -> str | None:
     """Every rank tells whether it has the engine and where it runs; None if all can share memory, the reason if not."""
+    if owner.group.size > MAX_RANKS:
+        return f"its {owner.group.size} ranks are more than the {MAX_RANKS} that share memory"
     with _agreed(owner):
         return _why_not_shared(owner, abi)
 
