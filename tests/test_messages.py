@@ -32,6 +32,17 @@ def test_a_late_message_arrives(backend: str) -> None:
         torch.testing.assert_close(x, torch.full((3,), 2.0))
 
 
+def test_a_like_of_another_shape_is_a_mismatch_also_where_the_token_carries_the_message() -> None:
+    axis, alone = fcomm.axis("i", 2), fcomm.subgroup(fcomm.init(), [0], name="alone")
+    for group, backend, run in ((axis, fcomm.sim, fcomm.simulate), (alone, fcomm.cpu, lambda fn, _: fn)):
+        for like in (torch.zeros(3), torch.zeros(2, dtype=torch.float64)):
+            on = group, backend
+            call = run(lambda x, like=like, on=on: fcomm.recv(like, *on, after=fcomm.send(x, *on)), group)
+            with pytest.raises(fcomm.MismatchError, match=r"is torch.float32 \(2,\), like is torch.float"):
+                call(torch.ones(2, 2) if group is axis else torch.ones(2))
+    fcomm.close(alone)
+
+
 # --- changed in place: the rules read no data, so what is sent, received and given as like is the caller's again ------
 
 

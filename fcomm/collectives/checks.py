@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fcomm.arithmetic import OPS, check_op
-from fcomm.errors import ArgumentError
+from fcomm.errors import ArgumentError, MismatchError
 from fcomm.group import Group
 from fcomm.registration import holds, not_a_group, refuse_nested
 
@@ -122,6 +122,17 @@ def rank_in_group(name: str, option: str, rank: int, group: Group) -> int:
             f"ranks count within the group, 0 .. {group.size - 1}"
         )
     return at
+
+
+def same_message(name: str, message: Tensor, like: Tensor, group: Group) -> None:
+    """The message must have the dtype and shape that like announces."""
+    fits = message.dtype == like.dtype and message.dim() == like.dim()
+    if not (fits and all(holds(sent == d) for sent, d in zip(message.shape, like.shape, strict=True))):
+        raise MismatchError(
+            f"{name}: the message on group '{group.name}' is {message.dtype} {tuple(message.shape)}, like is "
+            f"{like.dtype} {tuple(like.shape)}; pass a like of the message's shape and dtype",
+            op=name, group=group.name, rank=group.rank,
+        )  # fmt: skip
 
 
 _PAIRS = (tuple, list, Sequence)  # the usual ones first: asking an abstract class takes long
