@@ -59,7 +59,7 @@ def backend_on(lib: Library, device: str, machine: Callable[[str, Callable[[], L
     return BACKENDS[name]
 
 
-def _call(m: Machine, name: str, x: Tensor, group: Group, fn: Callable[[Comm], None]) -> None:
+def _call(m: Machine, name: str, group: Group, x: Tensor, fn: Callable[[Comm], None]) -> None:
     issue(team(m, group, x.device), name, fn)
 
 
@@ -84,7 +84,7 @@ def _exchange(m: Machine, name: str, group: Group, x: Tensor, sends: Sequence[in
     each = x.element_size() // sent.element_size()
     counts = [d * each for d in sends], [d * each for d in recvs]
     # Even a rank that neither sends nor receives calls: on HCCL this is a collective.
-    _call(m, name, x, group, lambda c: m.exchange(c, sent, counts[0], received, counts[1]))
+    _call(m, name, group, x, lambda c: m.exchange(c, sent, counts[0], received, counts[1]))
     return y
 
 
@@ -94,7 +94,7 @@ def _move(
     """y, after native(comm, x, y, *rest) on both as the library moves them; all ranks have elements, or none has."""
     if x.numel():
         sent, received = _flat(m, x), _flat(m, y)
-        _call(m, name, x, group, lambda c: native(c, sent, received, *rest))
+        _call(m, name, group, x, lambda c: native(c, sent, received, *rest))
     else:
         raise_failure(team(m, group, x.device), name)
     return y
@@ -124,9 +124,9 @@ def _said(m: Machine, name: str, group: Group, x: Tensor, sizes: Sequence[int]) 
 
 # The mean of these is their sum, divided: of bool it has no meaning, and torch does not divide wide unsigned integers.
 _DIVIDED = (
-    *(torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64),
-    *(torch.float32, torch.float64, torch.complex64, torch.complex128),
-)
+    torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64,
+    torch.float32, torch.float64, torch.complex64, torch.complex128,
+)  # fmt: skip
 
 
 def _native(m: Machine, dtype: torch.dtype, op: str) -> tuple[torch.dtype, str] | None:
@@ -171,7 +171,7 @@ def _all_reduce(m: Machine, x: Tensor, group: Group, *, op: str) -> Tensor:
     wire, wire_op = native
     y = torch.empty_like(x)
     sent, received = _summand(wire, x), _as(wire, y)
-    _call(m, "all_reduce", x, group, lambda c: m.all_reduce(c, sent, received, wire_op))
+    _call(m, "all_reduce", group, x, lambda c: m.all_reduce(c, sent, received, wire_op))
     return _divided(y, op, group.size)
 
 
@@ -190,7 +190,7 @@ def _reduce(m: Machine, x: Tensor, group: Group, *, dst: int, op: str) -> Tensor
     wire, wire_op = native
     y = torch.empty_like(x)
     sent, received = _summand(wire, x), _as(wire, y)
-    _call(m, "reduce", x, group, lambda c: m.reduce(c, sent, received, wire_op, dst))
+    _call(m, "reduce", group, x, lambda c: m.reduce(c, sent, received, wire_op, dst))
     return _divided(y, op, group.size) if root else y.zero_()
 
 
@@ -208,7 +208,7 @@ def _reduce_scatter(
             y = x.new_empty(shape)
             sent, received = _summand(wire, packed), _as(wire, y)
             counts = [d * sent.numel() // packed.numel() for d in sends]
-            _call(m, name, x, group, lambda c: m.reduce_scatter_uneven(c, sent, counts, received, wire_op))
+            _call(m, name, group, x, lambda c: m.reduce_scatter_uneven(c, sent, counts, received, wire_op))
             return _divided(y, op, n)
         # Blocks of their own lengths, then one fold.
         got = _exchange(m, name, group, packed, sends, [prod(shape)] * n)
@@ -220,7 +220,7 @@ def _reduce_scatter(
     wire, wire_op = native
     y = rows.new_empty(rows.shape[1:])
     sent, received = _summand(wire, rows), _as(wire, y)
-    _call(m, name, x, group, lambda c: m.reduce_scatter(c, sent, received, wire_op))
+    _call(m, name, group, x, lambda c: m.reduce_scatter(c, sent, received, wire_op))
     return _divided(y, op, n)
 
 
@@ -236,7 +236,7 @@ def _all_gather(m: Machine, x: Tensor, group: Group, *, dim: int, tiled: bool, s
             y = x.new_empty(sum(lengths))
             sent, received = _flat(m, x), _flat(m, y)
             counts = [d * received.numel() // y.numel() for d in lengths]
-            _call(m, "all_gather", x, group, lambda c: m.all_gather_uneven(c, sent, received, counts))
+            _call(m, "all_gather", group, x, lambda c: m.all_gather_uneven(c, sent, received, counts))
             blocks = zip(y.split(lengths), shapes, strict=True)
             return torch.cat([block.reshape(shape) for block, shape in blocks], dim)
         # Padded to the longest: one native call, where blocks of their own lengths would be n * (n - 1) messages.

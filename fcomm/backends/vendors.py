@@ -11,9 +11,9 @@ from torch import Tensor
 from fcomm.group import Backend, Lowering, register_backend
 
 _COLLECTIVES = (
-    *("all_reduce", "scan", "reduce", "reduce_scatter", "all_gather", "all_to_all", "ppermute"),
-    *("broadcast", "gather", "scatter", "send", "recv", "barrier"),
-)
+    "all_reduce", "scan", "reduce", "reduce_scatter", "all_gather", "all_to_all", "ppermute",
+    "broadcast", "gather", "scatter", "send", "recv", "barrier",
+)  # fmt: skip
 
 
 def _first(name: str, collective: str, *args: Any, **params: Any) -> Tensor:
