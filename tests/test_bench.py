@@ -96,6 +96,7 @@ def test_compiled(tmp_path):
         (["all_reduc"], "collective 'all_reduc' is unknown; did you mean all_reduce?"),
         (["--bakend", "cpu"], "unrecognized arguments: --bakend; did you mean --backend?"),
         (["--backend", "sim"], "sim has no machine to measure"),
+        (["--backend", "nccl"], "choose one of: c10d cpu"),
         (["--vs", "gloo"], "--vs 'gloo' is unknown"),
         (["-d", "floot"], "did you mean float?"),
         (["-b", "1X"], "'1X' is not a size; write bytes, or 64K, 16M, 1G"),

@@ -15,9 +15,8 @@ from typing import NoReturn
 import fcomm
 from fcomm.arithmetic import check_op
 from fcomm.bench import compiled, launch, plot, report
-from fcomm.bench.plan import DTYPES, Plan, measurable
+from fcomm.bench.plan import DTYPES, Plan, machines, measurable
 from fcomm.bench.programs import build
-from fcomm.group import BACKENDS
 from fcomm.registration import RECORDS
 
 _EXAMPLES = """\
@@ -84,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("-c", "--check", type=_positive, default=1, help="calls compared with the spec beforehand (1)")
     sizes.add_argument("--rounds", type=_positive, default=9, help="rounds; medians are over them (9)")
     who = p.add_argument_group("who")
-    who.add_argument("--backend", default="cpu", help=f"one of: {' '.join(_machines())} (cpu)")
+    who.add_argument("--backend", default="cpu", help=f"one of: {' '.join(machines())} (cpu)")
     who.add_argument("--ranks", type=_positive, default=2, help="processes on this machine (2); a launcher's own win")
     who.add_argument("--vs", action="append", default=[], metavar="RIVAL", help="c10d, funcol or mpi; may be repeated")
     who.add_argument(
@@ -102,10 +101,6 @@ def parser() -> argparse.ArgumentParser:
 
 def _names() -> str:
     return " ".join(measurable())
-
-
-def _machines() -> list[str]:
-    return [name for name in BACKENDS if name != "sim"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,7 +148,7 @@ def _plan(options: argparse.Namespace) -> Plan:
             break
     if not sizes:
         raise ValueError(f"-b {options.minbytes} is more than -e {options.maxbytes}; there is no size to measure")
-    _one_of("--backend", options.backend, _machines(), "sim has no machine to measure")
+    _one_of("--backend", options.backend, machines(), "sim has no machine to measure, and programs are on the CPU")
     for rival in options.vs:
         _one_of("--vs", rival, ("c10d", "funcol", "mpi"))
     if "mpi" in options.vs and (missing := launch.why_no_mpi()):

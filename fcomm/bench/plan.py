@@ -7,6 +7,7 @@ from statistics import median, quantiles
 
 import torch
 
+from fcomm.group import BACKENDS
 from fcomm.registration import RECORDS
 
 # nccl-tests' names of types, and torch's; the first one of a type is printed.
@@ -108,3 +109,8 @@ class Row:
 def measurable() -> list[str]:
     """The collectives that state their bus traffic; recv is measured together with send."""
     return [name for name, record in RECORDS.items() if record.busbw and name != "recv"]
+
+
+def machines() -> list[str]:
+    """The backends that can be measured: programs are on the CPU, in processes."""
+    return [name for name, b in BACKENDS.items() if name != "sim" and (not b.devices or "cpu" in b.devices)]

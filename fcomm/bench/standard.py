@@ -17,7 +17,7 @@ import torch
 
 import fcomm
 from fcomm.bench import endurance, launch, plot, report
-from fcomm.bench.plan import Plan, Row
+from fcomm.bench.plan import Plan, Row, machines
 
 K, M = 2**10, 2**20
 _MOVERS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure everything, write OUT.md and OUT.png; 1 if a result was wrong. What was not met, the table says."""
     parser = argparse.ArgumentParser(prog="python -m fcomm.bench.standard", description=__doc__)
     parser.add_argument("out", type=Path, help="where the table goes; the picture lies beside it, as .png")
-    parser.add_argument("--backend", default="cpu", help="measured backend (cpu)")
+    parser.add_argument("--backend", choices=machines(), default="cpu", help="measured backend (cpu)")
     parser.add_argument("--calls", type=int, default=10**6, help="calls of the run that looks for growth (1000000)")
     parser.add_argument("--rounds", type=int, default=0, help="rounds of every run; the standard has 9 or 15")
     options = parser.parse_args(argv)

@@ -68,7 +68,8 @@ def _options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.A
         epilog="torchrun --nproc-per-node 2 -m fcomm.demo runs it on torchrun's processes.",
         allow_abbrev=False,
     )
-    parser.add_argument("--backend", choices=list(BACKENDS), default="cpu", help="of the ranks (cpu)")
+    backends = [name for name, b in BACKENDS.items() if not b.devices or "cpu" in b.devices]
+    parser.add_argument("--backend", choices=backends, default="cpu", help="of the ranks, whose tensors are on the CPU")
     parser.add_argument("--ranks", type=int, default=2, help="1, 2, 3, 4, 6 or 12 (2)")
     parser.add_argument("--steps", type=int, default=50, help="steps of training (50)")
     parser.add_argument("--plot", type=Path, default=Path("fcomm-demo.png"), help="the picture (fcomm-demo.png)")
