@@ -53,6 +53,11 @@ class Place:
     port: int
     serve: bool
 
+    @property
+    def settings(self) -> tuple[str, str]:
+        """What the user sets host and port by."""
+        return ("MASTER_ADDR", "MASTER_PORT") if self.function == "init" else ("host", "port")
+
 
 def launcher_place(env: Mapping[str, str]) -> Place | None:
     """The place that a launcher's environment states, or None without a launcher."""
@@ -167,7 +172,7 @@ def _connect(place: Place, left_s: float, timeout_s: float) -> dist.Store:
 def _no_store(place: Place, timeout_s: float, reason: str) -> RendezvousError:
     return RendezvousError(
         f"{place.function}: rank {place.rank} of {place.size} got no store at {place.host}:{place.port} within "
-        f"{timeout_s} s; check MASTER_ADDR, MASTER_PORT and that rank 0 runs ({reason})"
+        f"{timeout_s} s; check {', '.join(place.settings)} and that rank 0 runs ({reason})"
     )
 
 
@@ -181,7 +186,7 @@ def _listener(place: Place) -> socket.socket:
         if place.host in _LOOPBACK or error.errno == errno.EADDRINUSE:
             raise RendezvousError(
                 f"{place.function}: port {place.port} on {place.host} is taken or refused ({_reason(error)}); "
-                "set MASTER_PORT to a free port, the same on every rank"
+                f"set {place.settings[1]} to a free port, the same on every rank"
             ) from error
         # An address that leads here through another host, as a Kubernetes service does.
         LOG.warning("%s is no address of this host; the store listens on all interfaces", place.host)
@@ -200,7 +205,7 @@ def _meet(store: dist.Store, name: str, place: Place, claim: str, deadline: floa
             store,
             place,
             f"rank {place.rank} of '{name}' joined twice at {place.host}:{place.port}, as {_who(holder)} and "
-            f"{_who(claim)}; give each process its own rank, or a fresh MASTER_PORT to each run",
+            f"{_who(claim)}; give each process its own rank, or a fresh {place.settings[1]} to each run",
         )
     while not wait_for_keys(store, keys, _SLICE_S):
         here = [r for r, key in enumerate(keys) if store.check([key])]

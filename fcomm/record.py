@@ -95,6 +95,8 @@ def check_record(record: Record) -> None:
         raise ArgumentError(
             f"define: name is {record.name!r}; pass a Python identifier, it becomes the op fcomm::<name>"
         )
+    if not isinstance(record.schema, str):
+        raise refuse(f"schema is {record.schema!r}; pass a string such as 'int dim, bool tiled'")
     for part in _parts(record.schema):
         kind, _, name = part.rpartition(" ")
         if "=" in part:

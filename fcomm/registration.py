@@ -41,7 +41,9 @@ from fcomm.rendezvous import live
 
 RECORDS: dict[str, Record] = {}
 _OPS: dict[str, Any] = {}
-# Places of the parameters that are lists of sizes: shapes depend on the rank's own entry.
+# Of each collective, since Dynamo does not look into a record: how many tensors and parameters it takes, and the places
+# of the parameters that are lists of sizes, where shapes depend on the rank's own entry.
+_COUNTS: dict[str, tuple[int, int]] = {}
 _SIZED: dict[str, tuple[int, ...]] = {}
 
 _LIB = library.Library("fcomm", "DEF")
@@ -132,6 +134,7 @@ def define(
     # Otherwise the compiler drops an unused result, and if only one rank leaves it unused, the others wait for ever.
     torch.fx.node.has_side_effect(op)
     RECORDS[name] = record
+    _COUNTS[name] = len(record.tensors), len(record.params)
     _SIZED[name] = tuple(i for i, (kind, _) in enumerate(record.declared) if kind.startswith("SymInt[]"))
     return record
 
@@ -160,6 +163,8 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
     op = _OPS.get(name)
     if op is None:
         raise ArgumentError(f"apply: no collective is named {name!r}; define it by fcomm.define")
+    if (len(tensors), len(params)) != _COUNTS[name]:
+        raise _miscounted(RECORDS[name], len(tensors) + len(params))
     if not (torch.compiler.is_compiling() or _is_watched()) and all(
         _is_plain(x) and not _is_wrapped(x) for x in tensors
     ):
@@ -175,6 +180,13 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
     # A list of sizes has an entry for each rank.
     graph_key = of_rank if any(p is not None for i in _SIZED[name] for p in params[i : i + 1]) else of_size
     return op(*tensors, _index(key), *params, graph_key, backend.name)  # type: ignore[no-any-return]
+
+
+def _miscounted(record: Record, got: int) -> TypeError:
+    return TypeError(
+        f"apply: '{record.name}' takes the tensors {record.tensors} and the parameters {record.params} and got "
+        f"{got} in all; pass (tensors), group, backend and each parameter, by position"
+    )
 
 
 def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Backend) -> None:
@@ -330,14 +342,8 @@ def _alone(record: Record, tensors: Sequence[Tensor], params: Sequence[Any]) -> 
 
 def _lowering_kernel(record: Record) -> Rule:
     name, count = record.name, len(record.tensors)
-    expected = count + len(record.params) + 3  # index, and the two handles
 
     def lowering_kernel(*args: Any) -> Tensor:
-        if len(args) != expected:
-            raise TypeError(
-                f"apply: '{name}' takes the tensors {record.tensors} and the parameters {record.params} and got "
-                f"{len(args) - 3} in all; pass (tensors), group, backend and each parameter, by position"
-            )
         group = GROUPS.get(args[-2]) or _group(name, args[-2])
         backend = BACKENDS.get(args[-1]) or _backend(name, args[-1])
         return _lower(record, args[:count], group, backend, args[count + 1 : -2])
@@ -732,7 +738,7 @@ def is_bound(key: str) -> bool:
     return key in _BOUND.index
 
 
-# --- torch.compile ------------------------------------------------------------------------------------------------
+# --- other private names of torch, for the rest of the package ----------------------------------------------------
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -202,6 +202,7 @@ def init(*, name: str = "world", timeout_s: float = DEFAULT_TIMEOUT_S) -> Group:
     Raises RendezvousError naming the missing, duplicate or disagreeing ranks.
     """
     timeout_s = check_timeout("init", timeout_s)
+    _check_name("init", name)
     found = _LIVE.get(name)
     if found is not None and found.pid == os.getpid():
         return found.group
@@ -261,7 +262,7 @@ def from_process_group(
         )
     if not isinstance(pg, dist.ProcessGroup):
         raise ArgumentError(
-            f"from_process_group: '{name}' got {pg!r}, not a ProcessGroup that this process is a member of"
+            f"from_process_group: pg of '{name}' is {pg!r}; pass a ProcessGroup that this process is a member of"
         )
     ranks = tuple(dist.get_process_group_ranks(pg))
     _check_free("from_process_group", name)
@@ -321,13 +322,12 @@ def _subgroup(function: str, parent: Group, ranks: Iterable[int], name: str, tim
     for r in members:
         if not isinstance(r, Integral) or isinstance(r, bool) or not 0 <= r < parent.size:
             raise ArgumentError(
-                f"{function}: rank {r!r} of '{name}' is not in group '{parent.name}' of size {parent.size}"
+                f"{function}: rank {r!r} of '{name}' is not in group '{parent.name}' of size {parent.size}; "
+                f"ranks count within it, 0 .. {parent.size - 1}"
             )
     members = tuple(map(int, members))  # numpy's integers are no int
     if not members or len(set(members)) != len(members):
         raise ArgumentError(f"{function}: ranks of '{name}' are {list(members)}; pass each member once, at least one")
-    if parent.simulated:
-        raise ArgumentError(f"{function}: '{parent.name}' is a simulated axis; nest axes, fcomm.axis('{name}', size)")
     owner = live(parent, function)
     _check_free(function, name)
     world_ranks = tuple(parent.ranks[r] for r in members)
@@ -403,11 +403,19 @@ def _epoch(prefix: str, epochs: dict[str, int]) -> str:
 def _check_parent(function: str, parent: Group) -> None:
     if not isinstance(parent, Group):
         raise TypeError(f"{function}: parent is {parent!r}; pass a Group, from fcomm.init, fcomm.split, ...")
+    if parent.simulated:
+        raise ArgumentError(
+            f"{function}: parent '{parent.name}' is a simulated axis; make axes, fcomm.axis(name, size), and nest them"
+        )
+
+
+def _check_name(function: str, name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ArgumentError(f"{function}: name is {name!r}; pass a non-empty string, the same on every rank")
 
 
 def _check_free(function: str, name: str) -> None:
-    if not isinstance(name, str) or not name:
-        raise ArgumentError(f"{function}: name is {name!r}; pass a non-empty string, the same on every rank")
+    _check_name(function, name)
     record = _LIVE.get(name)
     if record is not None and record.pid == os.getpid():
         raise FcommError(

@@ -34,6 +34,8 @@ def simulate(fn: Callable[P, T], axis: Group, *, randomness: str = "error") -> C
     """
     if not isinstance(axis, Group) or not axis.simulated:
         raise ArgumentError(f"simulate: axis is {axis!r}; pass a simulated group, fcomm.axis('tp', 4)")
+    if not callable(fn):
+        raise TypeError(f"simulate: fn is {fn!r}; pass the function that each rank runs")
     key, size = axis.key, axis.size
 
     def one_rank(index: Tensor, args: Any, kwargs: Any) -> T:

@@ -185,6 +185,8 @@ def messages(world: fcomm.Group, port: int, other_port: int) -> None:
     assert fcomm.all_reduce(torch.ones(2), pg.group, fcomm.c10d).tolist() == [n, n]
     with pytest.raises(ValueError, match=f"dst is {n}"):
         pg.send_obj("lost", dst=n)
+    with pytest.raises(ValueError, match="recv_obj: src is '0', not a rank of group"):
+        pg.recv_obj("0")
     # A tensor, as vLLM's test_utils.py broadcasts one.
     assert pg.broadcast_obj(torch.tensor([rank]), src=n - 1).item() == n - 1
     # What cannot be sent is an error at both ends, at once, and the next message is read as itself.

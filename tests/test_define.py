@@ -28,6 +28,7 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("lambda", {}, "name is 'lambda'; pass a Python identifier"),
     ("all_reduce", {}, r"'all_reduce' is defined already, by fcomm.collectives.reductions; choose another name"),
     ("wrong_1", {"schema": "itn dim"}, "schema has the entry 'itn dim'; write a type and a name, such as 'int dim'"),
+    ("wrong_0", {"schema": 3}, "schema is 3; pass a string such as 'int dim, bool tiled'"),
     ("wrong_2", {"schema": "dim"}, "schema has the entry 'dim'; write a type and a name"),
     (
         "wrong_3",

@@ -68,12 +68,12 @@ BAD_GROUPS: list[tuple[Callable[[Group], Any], type[Exception], str]] = [
     (
         lambda g: fcomm.subgroup(g, [0, 2], name="s"),
         ArgumentError,
-        "subgroup: rank 2 of 's' is not in group 'world' of size 2",
+        "subgroup: rank 2 of 's' is not in group 'world' of size 2; ranks count within it, 0 .. 1",
     ),
     (
         lambda g: fcomm.subgroup(g, [True], name="s"),
         ArgumentError,
-        "subgroup: rank True of 's' is not in group 'world' of size 2",
+        "subgroup: rank True of 's' is not in group 'world' of size 2; ranks count within it, 0 .. 1",
     ),
     (
         lambda g: fcomm.subgroup(g, [], name="s"),
@@ -103,7 +103,32 @@ BAD_GROUPS: list[tuple[Callable[[Group], Any], type[Exception], str]] = [
     (
         lambda g: fcomm.subgroup(fcomm.axis("i", 2), [0, 1], name="s"),
         ArgumentError,
-        "subgroup: 'i' is a simulated axis; nest axes, fcomm.axis('s', size)",
+        "subgroup: parent 'i' is a simulated axis; make axes, fcomm.axis(name, size), and nest them",
+    ),
+    (
+        lambda g: fcomm.split(fcomm.axis("i", 2), 1, name="s"),
+        ArgumentError,
+        "split: parent 'i' is a simulated axis; make axes, fcomm.axis(name, size), and nest them",
+    ),
+    (
+        lambda g: fcomm.mesh(fcomm.axis("i", 2), s=2),
+        ArgumentError,
+        "mesh: parent 'i' is a simulated axis; make axes, fcomm.axis(name, size), and nest them",
+    ),
+    (
+        lambda g: fcomm.init(name=""),
+        ArgumentError,
+        "init: name is ''; pass a non-empty string, the same on every rank",
+    ),
+    (
+        lambda g: fcomm.simulate(3, fcomm.axis("i", 2)),
+        TypeError,
+        "simulate: fn is 3; pass the function that each rank runs",
+    ),
+    (
+        lambda g: fcomm.barrier(g, fcomm.c10d, after=3),
+        TypeError,
+        "barrier: after is int, not a tensor; pass torch.as_tensor(after)",
     ),
     (
         lambda g: fcomm.split(g, 3, name="s"),
@@ -172,7 +197,7 @@ BAD_GROUPS: list[tuple[Callable[[Group], Any], type[Exception], str]] = [
     (
         lambda g: fcomm.from_process_group("tp", name="s"),
         ArgumentError,
-        "from_process_group: 's' got 'tp', not a ProcessGroup that this process is a member of",
+        "from_process_group: pg of 's' is 'tp'; pass a ProcessGroup that this process is a member of",
     ),
 ]
 
@@ -236,6 +261,13 @@ def test_bad_input_in_a_compiled_program() -> None:
         Exception, match=r"reduce_scatter: x\.shape\[1\] is 3, not divisible by group 'world' of size 2"
     ):
         program(torch.ones(2, 2, 3))
+
+
+def test_a_wrong_number_of_parameters_on_a_simulated_axis() -> None:
+    axis = fcomm.axis("i", 2)
+    text = re.escape("apply: 'all_reduce' takes the tensors ('x',) and the parameters ('op',) and got 1 in all")
+    with pytest.raises(TypeError, match=text):
+        fcomm.simulate(lambda x: fcomm.apply("all_reduce", x, axis, fcomm.sim), axis)(torch.ones(2))
 
 
 def test_there_are_enough_messages() -> None:

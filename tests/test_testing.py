@@ -132,6 +132,24 @@ def test_sizes_routes_and_perms_are_valid(data: st.DataObject) -> None:
         assert all(0 <= p < rows for p in received)
 
 
+@pytest.mark.parametrize(
+    ("what", "options", "text"),
+    [
+        ("all_reduse", {}, "no collective is named 'all_reduse'; import the module that defines it"),
+        ("all_reduce", {"params": {"opp": "sum"}}, r"params has \['opp'\] for all_reduce; choose among op"),
+        (
+            "all_reduce",
+            {"transforms": ("forwrd",)},
+            r"transforms has \['forwrd'\] for all_reduce; choose among forward",
+        ),
+        ("all_reduce", {"values": "tie"}, r"values has \['tie'\] for all_reduce; choose among normal, ties, zeros"),
+    ],
+)
+def test_check_collective_names_what_it_does_not_know(what: str, options: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        check_collective(what, fcomm.sim, 2, **options)
+
+
 def test_strategies_say_that_hypothesis_is_missing() -> None:
     code = "import sys; sys.modules['hypothesis'] = None; import fcomm.testing; import fcomm.testing.strategies"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

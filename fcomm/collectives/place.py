@@ -52,6 +52,7 @@ def barrier(group: Group, backend: Backend, *, after: Tensor | None = None) -> T
     if after is None:
         devices = backend.devices if isinstance(backend, Backend) else ()  # apply says what is wrong with another
         after = torch.zeros((), device=devices[0] if devices else None)
+    checks.is_tensor("barrier", "after", after)
     return apply("barrier", after, group, backend)
 
 

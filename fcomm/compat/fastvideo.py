@@ -1,9 +1,8 @@
 """FastVideo's device communicators, as functions, and its StatelessProcessGroup.
 
-Names, arguments, their order and defaults are those of DeviceCommunicatorBase's methods, reduce_scatter, broadcast and
-those with sizes vLLM's; ranks count within the group.
-Where the methods have self, these take group and backend, as keywords or anywhere among the positional arguments:
-all_gather(x, group, backend, dim=1).
+Names, arguments, their order and defaults are those of DeviceCommunicatorBase's methods; reduce_scatter, broadcast, and
+those with sizes, are vLLM's. Ranks count within the group. Where the methods have self, these take group and backend,
+as keywords or anywhere among the positional arguments: all_gather(x, group, backend, dim=1).
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch import Tensor
 
 import fcomm
 from fcomm import processes
+from fcomm.collectives import checks
 from fcomm.compat.funcol import ReduceOp, op_name
 from fcomm.compat.handles import takes_handles
 from fcomm.dtypes import CODES
@@ -194,17 +194,17 @@ class StatelessProcessGroup:
 
     def send_obj(self, obj: Any, dst: int) -> None:
         """Send obj to rank dst; does not wait."""
-        self._check("send_obj", "dst", dst)
+        dst = checks.rank_in_group("send_obj", "dst", dst, self.group)
         self._write("send_obj", self._key("sent", f"send/{self.rank}/{dst}"), obj)
 
     def recv_obj(self, src: int) -> Any:
         """The next value that rank src sends to this rank."""
-        self._check("recv_obj", "src", src)
+        src = checks.rank_in_group("recv_obj", "src", src, self.group)
         return self._read("recv_obj", self._key("received", f"send/{src}/{self.rank}"), src, readers=1)
 
     def broadcast_obj(self, obj: Any | None, src: int) -> Any:
         """obj of rank src, on every rank."""
-        self._check("broadcast_obj", "src", src)
+        src = checks.rank_in_group("broadcast_obj", "src", src, self.group)
         key = self._key("both", f"broadcast/{src}")
         if self.rank != src:
             return self._read("broadcast_obj", key, src, readers=self.world_size - 1)
@@ -271,12 +271,6 @@ class StatelessProcessGroup:
                 self.store.delete_key(key)
                 self.store.delete_key(f"{key}/read")
         return decode(frame)
-
-    def _check(self, what: str, option: str, rank: int) -> None:
-        if not 0 <= rank < self.world_size:
-            raise ArgumentError(
-                f"{what}: {option} is {rank!r}, not a rank of group '{self.group.name}' of size {self.world_size}"
-            )
 
 
 def encode(obj: Any) -> bytes:

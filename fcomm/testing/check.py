@@ -55,6 +55,9 @@ class Case:
         return self.dtype.is_floating_point or self.dtype.is_complex
 
 
+VALUES = ("normal", "ties", "zeros", "integers")
+
+
 def draw(shape: Sequence[int], values: str, dtype: torch.dtype, seed: int) -> Tensor:
     """Reproducible values of the kind that a Case names."""
     generator = torch.Generator().manual_seed(seed)
@@ -248,7 +251,18 @@ def check_collective(
     params: the record's static parameters; left out, dims are 0, bools True, op "sum", ranks 0, lists None.
     shape: of x on each rank; left out, (2 * size, 3).
     """
-    record = RECORDS[what] if isinstance(what, str) else what
+    record = RECORDS.get(what) if isinstance(what, str) else what
+    if record is None:
+        raise ValueError(f"check_collective: no collective is named {what!r}; import the module that defines it")
+    for option, given, known in (
+        ("params", params or {}, record.params),
+        ("transforms", transforms, TRANSFORMS),
+        ("values", [values], VALUES),
+    ):
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(
+                f"check_collective: {option} has {unknown} for {record.name}; choose among {', '.join(known)}"
+            )
     if record.tensors != ("x",):
         raise ValueError(f"check_collective: {record.name} takes {record.tensors}; write a Case with a call of its own")
     filled = {**default_params(record), **(params or {})}
