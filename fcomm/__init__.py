@@ -6,6 +6,9 @@ fcomm.backends.<machine>; how torch sees it is in fcomm.registration. Who takes 
     rendezvous  groups of processes, and what a live one owns; bootstrap and processes help it
     launch      run: a function on N processes       simulate    N ranks in this process
     record      what define() takes and refuses      arithmetic  what "sum" and "max" mean on every dtype of dtypes
+    errors      one type for each kind of failure    bind        collectives with their two handles filled in
+
+Made of these: layers, compat, testing, bench, demo.
 """
 
 from typing import TYPE_CHECKING

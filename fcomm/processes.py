@@ -12,7 +12,7 @@ from pathlib import Path
 def identity() -> str:
     """host/process id/start time/namespace of the id of this process. Process ids are reused, identities are not."""
     pid = os.getpid()
-    return f"{_host()}/{pid}/{_start(pid) or ''}/{_space()}"
+    return f"{_host()}/{pid}/{_start(pid) or ''}/{_id_namespace()}"
 
 
 def host(who: str) -> str:
@@ -31,8 +31,8 @@ def has_ended(who: str) -> bool:
     False where nothing is known of it: on another host, in another namespace of process ids (containers of one pod
     share a network, and not these), or where this process has no descriptor left to look with.
     """
-    _, number, start, space = [*who.split("/"), "", "", ""][:4]
-    if not who.startswith(f"{_host()}/") or space != _space() or not (number.isdigit() and start):
+    _, number, start, namespace = [*who.split("/"), "", "", ""][:4]
+    if not who.startswith(f"{_host()}/") or namespace != _id_namespace() or not (number.isdigit() and start):
         return False
     return _start(int(number)) not in (start, None)
 
@@ -63,7 +63,7 @@ def _host() -> str:
 
 
 @functools.cache
-def _space() -> str:
+def _id_namespace() -> str:
     try:
         return os.readlink("/proc/self/ns/pid").strip("pid:[]")
     except OSError:
@@ -71,8 +71,8 @@ def _space() -> str:
 
 
 def _state(who: str) -> str:
-    host_, number, _, space = [*who.split("/"), "", "", ""][:4]
-    if (host_, space) != (_host(), _space()):
+    host_, number, _, namespace = [*who.split("/"), "", "", ""][:4]
+    if (host_, namespace) != (_host(), _id_namespace()):
         return ""
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]

@@ -9,6 +9,7 @@
     typed.py      pvary, all_reduce_invariant, all_gather_invariant, shard
     place.py      axis_index, axis_size, barrier
     coalesced.py  lists of tensors, one message per dtype
+    checks.py     what all of them refuse, in which words
 
 Derivatives count every rank's output: the loss is the sum of all ranks' losses. In typed.py a value that is the same on
 all ranks counts once. Rules name their duals by public functions, so derivatives of any order follow.

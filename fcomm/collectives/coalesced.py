@@ -24,7 +24,10 @@ from fcomm.registration import check_call
 
 
 def all_reduce_coalesced(xs: Iterable[Tensor], group: Group, backend: Backend, *, op: str = "sum") -> list[Tensor]:
-    """all_reduce of every tensor of a list, one message per dtype. Shapes, dtypes, op, vjp and errors as all_reduce."""
+    """all_reduce of every tensor of a list, one message per dtype.
+
+    Shapes, dtypes, op, vjp, traffic and errors as all_reduce.
+    """
     xs = _list("all_reduce_coalesced", xs, group, backend)
     _check_op("all_reduce_coalesced", op, xs, OPS)
 
@@ -35,7 +38,10 @@ def all_reduce_coalesced(xs: Iterable[Tensor], group: Group, backend: Backend, *
 
 
 def all_gather_coalesced(xs: Iterable[Tensor], group: Group, backend: Backend, *, dim: int = 0) -> list[Tensor]:
-    """all_gather along dim of every tensor of a list, one message per dtype. Shapes, vjp and errors as all_gather."""
+    """all_gather along dim of every tensor of a list, one message per dtype.
+
+    Shapes, dtypes, vjp, traffic and errors as all_gather.
+    """
     xs = _list("all_gather_coalesced", xs, group, backend)
     dims = [checks.canonical_dim("all_gather_coalesced", "dim", dim, x, group) for x in xs]
 
@@ -49,7 +55,10 @@ def all_gather_coalesced(xs: Iterable[Tensor], group: Group, backend: Backend, *
 def reduce_scatter_coalesced(
     xs: Iterable[Tensor], group: Group, backend: Backend, *, dim: int = 0, op: str = "sum"
 ) -> list[Tensor]:
-    """reduce_scatter along dim of every tensor of a list, one message per dtype. Shapes, op, vjp, errors as there."""
+    """reduce_scatter along dim of every tensor of a list, one message per dtype.
+
+    Shapes, dtypes, op, vjp, traffic and errors as reduce_scatter.
+    """
     xs = _list("reduce_scatter_coalesced", xs, group, backend)
     _check_op("reduce_scatter_coalesced", op, xs, FOLDED_OPS)
     dims = [checks.canonical_dim("reduce_scatter_coalesced", "dim", dim, x, group) for x in xs]

@@ -3,6 +3,18 @@
 // Every buffer is contiguous, every count is of elements, every size named *_bytes or `width` is in bytes. Inputs are
 // never written, inputs and outputs never overlap. All functions are safe to call from any thread; calls on one
 // communicator are serialised. A function that returns anything but FCOMM_OK has delivered nothing of use in `out`.
+//
+// Behind it, in the order to read it:
+//
+//   layout.h            the shared region, and the one protocol: rounds of two slots
+//   comm.h, comm.cpp    a rank's own view of it; opening, waiting, failing, closing
+//   rounds.h            a collective is rounds of filling and draining
+//   reduce.cpp          all_reduce, reduce, scan, reduce_scatter     kernels.*   their arithmetic, per instruction set
+//   move.cpp            the collectives that only move bytes         blocks.h    blocks in the rows of a matrix
+//   ring.cpp            send and recv
+//   direct.*            large blocks straight into a peer's result
+//   pool.*              memory of results
+//   binding.cpp         these functions for Python
 #pragma once
 
 #include <stddef.h>

@@ -144,6 +144,7 @@ def ring_attention(
     the longest with whatever they like, and the padding's results mean nothing. zigzag: with causal, the whole sequence
     is cut into 2n blocks and rank r has blocks r and 2n-1-r, as in x[:, zigzag_order(S, n)] cut in n.
     Traffic: n-1 ppermutes of k and v together.
+    Raises ArgumentError if sizes do not fit q or the group, or zigzag=True and the 2n blocks are not equal.
     """
     if zigzag and (sizes is not None or q.shape[1] % 2):
         raise ArgumentError(
@@ -178,6 +179,7 @@ def zigzag_order(length: int, n: int) -> Tensor:
     """The positions in the order in which n ranks hold them: blocks 0, 2n-1, 1, 2n-2, .. of 2n. argsort undoes it.
 
     zigzag_order(8, 2) == [0 1 6 7 | 2 3 4 5]
+    Raises ArgumentError if 2n does not divide length.
     """
     if length % (2 * n):
         raise ArgumentError(f"zigzag_order: length is {length}, not divisible into 2n = {2 * n} blocks; pad it")
