@@ -50,21 +50,6 @@ _LIB = library.Library("fcomm", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
-class _Bound(threading.local):
-    """While an axis is bound by simulate: its index tensor, arange(size) batched at the axis's vmap level.
-
-    Every op takes it as an argument: it tells that level from all others, and makes the level see calls whose x is the
-    same on all ranks. Each thread has levels of its own.
-    """
-
-    def __init__(self) -> None:
-        self.index: dict[str, Tensor] = {}
-
-
-_BOUND = _Bound()
-_BOUND_LAST: dict[str, Tensor] = {}  # by any thread
-
-
 def define(
     name: str,
     *,
@@ -241,6 +226,7 @@ def refuse_nested(name: str) -> NoReturn:
 # dispatcher knows of tensors that passed the checks (device, layout, lazy bits, wrappers), and the lowering.
 _CALLS: dict[tuple[Any, ...], tuple[Group, Backend, set[int], Rule]] = {}
 FOUND.append(_CALLS)
+_MOST_FOUND = 1000  # then all is forgotten
 _NO_CALL: tuple[Any, ...] = (None, None, frozenset(), None)
 
 
@@ -378,7 +364,6 @@ def _lowering_kernel(record: Record) -> Rule:
 
 
 _NOTHING: tuple[Any, Any] = (None, None)
-_MOST_FOUND = 1000
 # A forked child's groups are its parent's; live() says so, in first_call.
 os.register_at_fork(after_in_child=forget_found)
 
@@ -703,6 +688,21 @@ def batched_as(x: Tensor, *others: Tensor) -> Tensor:
         for other in others:
             x = torch.where(false, other.new_zeros((), dtype=x.dtype), x)
     return x
+
+
+class _Bound(threading.local):
+    """While an axis is bound by simulate: its index tensor, arange(size) batched at the axis's vmap level.
+
+    Every op takes it as an argument: it tells that level from all others, and makes the level see calls whose x is the
+    same on all ranks. Each thread has levels of its own.
+    """
+
+    def __init__(self) -> None:
+        self.index: dict[str, Tensor] = {}
+
+
+_BOUND = _Bound()
+_BOUND_LAST: dict[str, Tensor] = {}  # by any thread
 
 
 @contextmanager
