@@ -20,6 +20,7 @@ from numbers import Integral
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from fcomm.backends.worker import apart
 from fcomm.bootstrap import Place, answer, digest, join, launcher_place
@@ -278,7 +279,7 @@ def from_process_group(
 
 
 def from_device_mesh(
-    mesh: dist.DeviceMesh,
+    mesh: DeviceMesh,
     dim: str | int | None = None,
     *,
     name: str | None = None,
@@ -288,7 +289,7 @@ def from_device_mesh(
 
     name: by default the mesh dimension's own name. Raises as from_process_group, and if mesh has no dimension dim.
     """
-    if not isinstance(mesh, dist.DeviceMesh):
+    if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"from_device_mesh: mesh is {mesh!r}; pass a torch DeviceMesh")
     names = mesh.mesh_dim_names or ()
     if dim is None and mesh.ndim != 1:

@@ -6,6 +6,7 @@ from typing import assert_type
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import fcomm
 
@@ -21,7 +22,7 @@ def layer(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return y, fcomm.shard(y, tp, fcomm.sim, dim=1)
 
 
-def groups(pg: torch.distributed.ProcessGroup, mesh: torch.distributed.DeviceMesh) -> None:
+def groups(pg: torch.distributed.ProcessGroup, mesh: DeviceMesh) -> None:
     world = fcomm.init(timeout_s=60.0)
     assert_type(fcomm.split(world, 2, name="tp"), fcomm.Group)
     assert_type(fcomm.mesh(world, dp=2, tp=4), dict[str, fcomm.Group])
