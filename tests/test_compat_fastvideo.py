@@ -37,6 +37,9 @@ def tensors(world: fcomm.Group) -> None:
     uneven = torch.full((2, rank + 1), rank + 1.0)
     every = torch.cat([torch.full((2, s), float(s)) for s in sizes], 1)
     assert torch.equal(fastvideo.all_gatherv(uneven, dim=1, sizes=sizes, **handles), every)
+    first, second = fastvideo.all_gatherv([uneven, 2 * uneven], 1, sizes, **handles)  # as vLLM's dispatch of tokens
+    assert torch.equal(first, every)
+    assert torch.equal(second, 2 * every)
     assert torch.equal(fastvideo.reduce_scatterv(every, sizes=sizes, **handles), n * uneven)
 
     gathered = fastvideo.gather(x, **handles)
@@ -55,7 +58,7 @@ def tensors(world: fcomm.Group) -> None:
     # One edge, without gradient: what is learned from the message sends nothing that the next recv would take for one.
     if rank == 0:
         fastvideo.send(torch.arange(4.0), dst=n - 1, **handles)
-        assert fastvideo.recv((4,), torch.float32, n - 1, **handles).tolist() == [7.0] * 4
+        assert fastvideo.recv(4, torch.float32, n - 1, **handles).tolist() == [7.0] * 4
     if rank == n - 1:
         y = fastvideo.recv((4,), torch.float32, 0, **handles)
         assert y.numpy().tolist() == [0, 1, 2, 3]
@@ -189,6 +192,20 @@ def messages(world: fcomm.Group, port: int, other_port: int) -> None:
         pg.recv_obj("0")
     # A tensor, as vLLM's test_utils.py broadcasts one.
     assert pg.broadcast_obj(torch.tensor([rank]), src=n - 1).item() == n - 1
+    # Tensors of their own calls, among the objects: vLLM's coordinators send a shape before its tensor.
+    weight = torch.nn.Parameter(torch.full((2,), rank + 1.0))
+    pg.send_obj((2,), dst=(rank + 1) % n)
+    pg.send(weight, dst=(rank + 1) % n)
+    into = torch.nn.Parameter(torch.empty(pg.recv_obj((rank - 1) % n)))
+    assert pg.recv(into, (rank - 1) % n) is into
+    assert into.tolist() == [(rank - 1) % n + 1.0] * 2
+    y = pg.broadcast(weight, src=n - 1)
+    assert (y is weight) == (rank == n - 1)
+    assert y.tolist() == [n] * 2
+    assert pg.all_reduce(weight).tolist() == [n * (n + 1) / 2] * 2
+    assert pg.all_reduce(torch.tensor(rank), dist.ReduceOp.MAX).item() == n - 1
+    with pytest.raises(ValueError, match="op is 'nonsense'"):
+        pg.all_reduce(torch.ones(1), "nonsense")
     # What cannot be sent is an error at both ends, at once, and the next message is read as itself.
     before, after = (rank - 1) % n, (rank + 1) % n
     with pytest.raises(TypeError, match="object cannot be sent over the store"):
@@ -262,6 +279,8 @@ def late(world: fcomm.Group, port: int) -> str:
     live(pg.group).timeout_s = 2.0  # the rendezvous had 40
     with pytest.raises(TimeoutError, match=r"recv_obj: nothing arrived from rank 0 of group .* within 2.0 s") as caught:
         pg.recv_obj(src=0)
+    with pytest.raises(TimeoutError, match=r"barrier: nothing arrived from rank 0 of group .* within 0.1 s"):
+        pg.barrier(timeout=0.1)
     pg.store.set("done", "1")
     return str(caught.value)
 

@@ -44,12 +44,15 @@ NAMES = [
     "all_gather_tensor_inplace",
     "reduce_scatter_tensor_inplace",
     "all_to_all_inplace",
+    "batch_p2p_ops_inplace",
 ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_signatures_are_torchs(name: str) -> None:
     original = getattr(theirs, name, None)
+    if original is None and name == "batch_p2p_ops_inplace":
+        pytest.skip(f"torch {torch.__version__} has no {name}")
     if original is None:
         assert "_single" in name, f"torch {torch.__version__} has no {name}"
         older = [name.replace("_single", old, 1) for old in ("_tensor", "_into_tensor")]
@@ -60,8 +63,8 @@ def test_signatures_are_torchs(name: str) -> None:
     assert [(p.name, p.default) for p in mine.values()] == [(p.name, p.default) for p in expected.values()]
 
 
-# Parts of torch's own rules and its compiler; and its messages, which have tags.
-NOT_HERE = ("_backward", "_setup_context", "_ctx", "isend_inplace", "irecv_inplace", "batch_p2p_ops_inplace")
+# Parts of torch's own rules and its compiler; and a receive that is posted before its message is awaited.
+NOT_HERE = ("_backward", "_setup_context", "_ctx", "isend_inplace", "irecv_inplace")
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="other versions have other names")
@@ -82,7 +85,15 @@ def in_place(world: fcomm.Group) -> None:
     def program(x: Tensor) -> list[Tensor]:
         """Each of them into what was there before; without a group, torch's world."""
         total, rows = x.clone(), [torch.zeros_like(x) for _ in range(n)]
+        # A ring of two messages, whose receives come first in the list.
+        first, second, (before, after) = torch.zeros_like(x), torch.zeros_like(x), ((rank - 1) % n, (rank + 1) % n)
+        received = funcol.batch_p2p_ops_inplace(
+            ["irecv", "isend", "isend", "irecv"], [before, after, after, before], [0] * 4, [first, x, 2 * x, second], ""
+        )
         return [
+            first,
+            second,
+            received[0],
             funcol.all_reduce_inplace(total),
             total,
             *funcol.all_gather_inplace(rows, x),
@@ -95,7 +106,8 @@ def in_place(world: fcomm.Group) -> None:
     xs = [torch.arange(2.0 * n).reshape(n, 2) * (r + 1) for r in range(n)]
     total = torch.stack(xs).sum(0)
     exchanged = torch.cat([x[rank : rank + 1] for x in xs])
-    expected = [total, total, *xs, *xs, torch.cat(xs), xs[-1][rank : rank + 1], exchanged]
+    came = xs[rank - 1]
+    expected = [came, 2 * came, came, total, total, *xs, *xs, torch.cat(xs), xs[-1][rank : rank + 1], exchanged]
     for run in (program, torch.compile(program, fullgraph=True, backend="aot_eager")):
         for got, want in zip(run(xs[rank]), expected, strict=True):
             close(got, want)
@@ -103,6 +115,10 @@ def in_place(world: fcomm.Group) -> None:
     x = xs[rank].clone().requires_grad_()
     funcol.all_gather_tensor_inplace(torch.zeros(n * n, 2), x).sum().backward()
     close(x.grad, torch.full((n, 2), float(n)))
+    assert not program(x)[0].requires_grad, "a message that was sent without a token has no derivative"
+    for ops, tags, text in ((["isend"], [1], "a tag 0"), (["send"], [0], "an op is isend"), ([], [0], "one of each")):
+        with pytest.raises(ValueError, match=text):
+            funcol.batch_p2p_ops_inplace(ops, [1 - rank], tags, [x], world)
     with pytest.raises(ValueError, match="async_op is True"):
         funcol.all_reduce_inplace(x, async_op=True)
     with pytest.raises(ValueError, match=f"needs {n} tensors of tensor's shape"):
@@ -245,6 +261,8 @@ def uneven_and_others(world: fcomm.Group) -> None:
         funcol.reduce_scatter_tensor(torch.ones(n + 1), "sum", 0, world)
     with pytest.raises(fcomm.FcommError, match="op is 'nonsense'"):
         funcol.all_reduce(ones, "nonsense", world)
+    with pytest.raises(ValueError, match="reduceOp is a tensor"):
+        funcol.all_reduce(ones, ones, world)  # type: ignore[arg-type]
     # the result is plain, and the input unharmed
     result = funcol.all_reduce(ones, dist.ReduceOp.SUM, world)
     assert type(result) is Tensor

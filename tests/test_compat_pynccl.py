@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,17 @@ def collectives(world: fcomm.Group, double: str | None) -> None:
     comm.reduce_scatterv(part, out, sizes=sizes)
     assert torch.equal(part, n * rows)
 
+    # vLLM's sums in one order: to one rank, and out from there.
+    kept = out if rank == n - 1 else torch.full_like(out, -1)
+    comm.reduce(kept, out, root=n - 1)
+    part.zero_()
+    comm.scatter(part, kept, sizes, root=n - 1)
+    assert torch.equal(part, n * rows)
+    if rank != n - 1:
+        assert torch.equal(kept, torch.full_like(out, -1))
+    short = [0, *sizes[1:]]
+    comm.scatter(part, n * out[1:], short, root=n - 1)  # rank 0 takes no part
+
     # A weight that the trainer sends: written as it is, though it requires grad.
     weight = torch.nn.Parameter(torch.full((2, 2), float(rank)))
     comm.broadcast(weight, src=n - 1)
@@ -62,9 +74,20 @@ def collectives(world: fcomm.Group, double: str | None) -> None:
     comm.group_end()
     assert torch.equal(out, every[rank - 1].reshape(-1))
 
+    # One batch, whose receives come first in the list.
+    ops = [(dist.irecv, torch.empty(2), rank - 1), (dist.isend, x[0], rank + 1), (dist.isend, x[1], rank + 1)]
+    ops.append((dist.irecv, torch.empty(2), rank - 1))
+    comm.batch_isend_irecv([SimpleNamespace(op=op, tensor=t, group_peer=peer % n) for op, t, peer in ops])
+    assert torch.equal(torch.stack([ops[0][1], ops[3][1]]), every[rank - 1][:2])
+
+    with pytest.raises(ValueError, match=r"reduceOp is a tensor; pass .* out_tensor="):
+        comm.all_reduce(x, out)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scatter: the output has 1 elements"):
+        comm.scatter(torch.empty(1), torch.ones(sum(sizes), 3), sizes, root=rank)
     with pytest.raises(ValueError, match=f"all_gather: the output has 3 elements .* it needs {2 * n * n}"):
         comm.all_gather(torch.empty(3), x)
-    comm.disabled = True
+    comm.destroy()
+    assert not comm.available
     assert comm.all_reduce(x) is None
     comm.broadcast(x, src=0)
     comm.send(x, dst=rank)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fcomm
 from fcomm import processes
+from fcomm.arithmetic import check_op, fold
 from fcomm.collectives import checks
 from fcomm.compat.funcol import ReduceOp, op_name
 from fcomm.compat.handles import takes_handles
@@ -44,9 +45,16 @@ def all_gather(input_: Tensor, dim: int = -1, *, group: Group, backend: Backend)
 
 @takes_handles
 def all_gatherv(
-    input_: Tensor, dim: int = 0, sizes: Sequence[int] | None = None, *, group: Group, backend: Backend
-) -> Tensor:
-    """all_gather of blocks whose lengths are sizes."""
+    input_: Tensor | list[Tensor],
+    dim: int = 0,
+    sizes: Sequence[int] | None = None,
+    *,
+    group: Group,
+    backend: Backend,
+) -> Tensor | list[Tensor]:
+    """all_gather of blocks whose lengths are sizes; of every tensor of a list, one by one."""
+    if isinstance(input_, list):
+        return [fcomm.all_gather(x, group, backend, dim=dim, sizes=sizes) for x in input_]
     return fcomm.all_gather(input_, group, backend, dim=dim, sizes=sizes)
 
 
@@ -121,7 +129,7 @@ def send(tensor: Tensor, dst: int | None = None, *, group: Group, backend: Backe
 
 @takes_handles
 def recv(
-    size: Sequence[int],
+    size: Sequence[int] | int,
     dtype: torch.dtype,
     src: int | None = None,
     *,
@@ -136,7 +144,8 @@ def recv(
     has no derivative, as in FastVideo.
     """
     where = device if device is not None else backend.devices[0] if backend.devices else "cpu"
-    y = fcomm.recv(torch.empty(tuple(size), dtype=dtype, device=where), group, backend, src=src, after=after)
+    shape = (size,) if isinstance(size, int) else tuple(size)
+    y = fcomm.recv(torch.empty(shape, dtype=dtype, device=where), group, backend, src=src, after=after)
     # A cotangent that the sender does not wait for would be its next message.
     return y.detach() if after is None else y
 
@@ -205,24 +214,45 @@ class StatelessProcessGroup:
     def broadcast_obj(self, obj: Any | None, src: int) -> Any:
         """obj of rank src, on every rank."""
         src = checks.rank_in_group("broadcast_obj", "src", src, self.group)
-        key = self._key("both", f"broadcast/{src}")
-        if self.rank != src:
-            return self._read("broadcast_obj", key, src, readers=self.world_size - 1)
-        if self.world_size > 1:
-            self._write("broadcast_obj", key, obj)
-        return obj
+        return self._broadcast("broadcast_obj", obj, src)
 
     def all_gather_obj(self, obj: Any) -> list[Any]:
         """Every rank's obj, in rank order."""
         return [self.broadcast_obj(obj, src) for src in range(self.world_size)]
 
-    def barrier(self) -> None:
-        """Return when every rank has called it, and rank 0 when they have left it: any may end then, with its store."""
-        self.all_gather_obj(None)
+    # vLLM's, for small tensors on the CPU; their gradient stays behind.
+
+    def send(self, tensor: Tensor, dst: int) -> None:
+        """Send tensor to rank dst, among the objects of send_obj; does not wait."""
+        self.send_obj(tensor.detach(), dst)
+
+    def recv(self, tensor: Tensor, src: int) -> Tensor:
+        """The next tensor that rank src sends to this rank, into tensor, which is returned."""
+        with torch.no_grad():
+            return tensor.copy_(self.recv_obj(src))
+
+    def broadcast(self, tensor: Tensor, src: int) -> Tensor:
+        """tensor of rank src: there the argument itself, on the others a new tensor."""
+        got: Tensor = self.broadcast_obj(tensor.detach() if self.rank == src else None, src)
+        return tensor if self.rank == src else got
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+        """Fold tensor over the ranks, in rank order; a new tensor."""
+        name = op_name(op)
+        check_op("all_reduce", name, tensor.dtype)
+        return fold(self.all_gather_obj(tensor.detach()), name)
+
+    def barrier(self, timeout: float | None = None) -> None:
+        """Return when every rank has called it, and rank 0 when they have left it: any may end then, with its store.
+
+        timeout: seconds that each wait may take, by default the group's.
+        """
+        for r in range(self.world_size):
+            self._broadcast("barrier", None, r, timeout)
         for r in range(1, self.world_size):
             key = self._key("both", f"left/{r}")
             if self.rank == 0:
-                self._read("barrier", key, r, readers=1)
+                self._read("barrier", key, r, readers=1, timeout_s=timeout)
             elif self.rank == r:
                 self._write("barrier", key, None)
 
@@ -238,6 +268,14 @@ class StatelessProcessGroup:
         number = self._numbers[side + stream] = self._numbers.get(side + stream, -1) + 1
         return f"objects/{stream}/{number}"
 
+    def _broadcast(self, what: str, obj: Any, src: int, timeout_s: float | None = None) -> Any:
+        key = self._key("both", f"broadcast/{src}")
+        if self.rank != src:
+            return self._read(what, key, src, readers=self.world_size - 1, timeout_s=timeout_s)
+        if self.world_size > 1:
+            self._write(what, key, obj)
+        return obj
+
     def _write(self, what: str, key: str, obj: Any) -> None:
         """Set the message of a key; an error where obj cannot be sent, lest its readers wait for the deadline."""
         try:
@@ -248,8 +286,8 @@ class StatelessProcessGroup:
             raise
         self.store.set(key, frame)  # type: ignore[arg-type]  # str in torch's stub only
 
-    def _read(self, what: str, key: str, src: int, readers: int) -> Any:
-        timeout_s = live(self.group).timeout_s
+    def _read(self, what: str, key: str, src: int, readers: int, timeout_s: float | None = None) -> Any:
+        timeout_s = live(self.group).timeout_s if timeout_s is None else timeout_s
         try:
             self.store.wait([key], timedelta(seconds=timeout_s))
             frame = self.store.get(key)

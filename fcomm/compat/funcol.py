@@ -5,7 +5,7 @@ group is what torch takes: a ProcessGroup, a DeviceMesh, (DeviceMesh, dim), a li
 Every function also takes the keyword backend, by default fcomm.c10d (fcomm.sim on a simulated axis).
 Unlike torch's: results are plain tensors that need no wait; every reduceOp has a derivative, broadcast's reaches the
 source, and vmap, torch.func and forward mode work; permute_tensor takes tensors of any shape. What torch has for its
-compiler alone is not here, nor are isend_inplace and its kin: a message of fcomm.send has no tag.
+compiler alone is not here, nor are isend_inplace and irecv_inplace: see batch_p2p_ops_inplace.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -53,6 +54,8 @@ def op_name(op: ReduceOp) -> str:
     """torch's name or object of a reduction -> fcomm's name."""
     if isinstance(op, str):
         return _OPS.get(op.lower(), op.lower())
+    if isinstance(op, Tensor):  # == would compare its elements
+        raise ArgumentError("reduceOp is a tensor; pass the tensor of the result as out_tensor=, where there is one")
     for is_same in (operator.is_, operator.eq):  # torch.compile before 2.13 cannot compare with ==
         for known, name in _NAMES:
             if is_same(op, known):
@@ -255,6 +258,41 @@ def all_to_all_inplace(
     """all_to_all_single, copied into output."""
     g = _or_world(group, async_op)
     return output.copy_(all_to_all_single(input, output_split_sizes, input_split_sizes, g, tag, backend=backend))
+
+
+def batch_p2p_ops_inplace(
+    op_list: Sequence[str],
+    peer_list: Sequence[int],
+    tag_list: Sequence[int],
+    tensors: Sequence[Tensor],
+    group_name: GroupLike,
+    *,
+    backend: Backend | None = None,
+) -> list[Tensor]:
+    """Send the tensors of "isend", then receive into those of "irecv"; peers count within the group. No derivative.
+
+    Messages from one rank to another arrive in the order in which they are sent; tags other than 0 are refused.
+    """
+    g, b = _handles(_or_world(group_name or None, False), "", backend)
+    if not len(op_list) == len(peer_list) == len(tag_list) == len(tensors):
+        raise ArgumentError(
+            f"batch_p2p_ops_inplace: {len(op_list)} ops, {len(peer_list)} peers, {len(tag_list)} tags and "
+            f"{len(tensors)} tensors; pass one of each for every message"
+        )
+    if not {*op_list} <= {"isend", "irecv"} or any(tag_list):
+        raise ArgumentError(
+            f"batch_p2p_ops_inplace: op_list is {list(op_list)} and tag_list is {list(tag_list)}; an op is isend or "
+            "irecv, and a tag 0: messages between two ranks keep their order"
+        )
+    messages = list(zip(op_list, peer_list, tensors, strict=True))
+    with torch.no_grad():
+        for op, peer, x in messages:
+            if op == "isend":
+                fcomm.send(x, g, b, dst=peer)
+        for op, peer, x in messages:
+            if op == "irecv":
+                x.copy_(fcomm.recv(x, g, b, src=peer))
+    return list(tensors)
 
 
 def _or_world(group: GroupLike | None, async_op: bool) -> GroupLike:

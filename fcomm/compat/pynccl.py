@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fcomm
 from fcomm import backends
+from fcomm.collectives import checks
 from fcomm.compat.fastvideo import StatelessProcessGroup
 from fcomm.compat.funcol import ReduceOp, op_name
 from fcomm.compat.handles import GroupLike, as_backend, as_group
@@ -94,6 +95,45 @@ class PyNcclCommunicator:
         n = sizes[self.rank or 0] * input_tensor.shape[1:].numel()
         self._fill(output_tensor, n, stream, fcomm.reduce_scatter, input_tensor, op=op_name(op), sizes=sizes)
 
+    def reduce(
+        self, output_tensor: Tensor, input_tensor: Tensor, root: int, op: ReduceOp = SUM, stream: Any = None
+    ) -> None:
+        """Fold input_tensor over the group, into rank root's output_tensor; the others' stay as they are."""
+        if self.disabled:
+            return
+        if self.rank == root:
+            self._check("reduce", output_tensor, input_tensor.numel())
+        with torch.no_grad(), self._on(stream):
+            y = fcomm.reduce(input_tensor, self._group, self._backend, dst=root, op=op_name(op))
+            if self.rank == root:
+                output_tensor.copy_(y.reshape(output_tensor.shape))
+
+    def scatter(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        sizes: Sequence[int],
+        root: int = 0,
+        stream: Any = None,
+    ) -> None:
+        """sizes[r] rows of rank root's input_tensor to every rank r; the others' is not read."""
+        if self.disabled:
+            return
+        lengths = checks.canonical_sizes("scatter", "sizes", sizes, self._group)
+        if self.rank != root:
+            if lengths[self.rank or 0]:
+                self.recv(output_tensor, root, stream)
+            return
+        checks.is_tensor("scatter", "input_tensor", input_tensor)
+        checks.total_length("scatter", "sizes", lengths, input_tensor, 0, self._group)
+        blocks = input_tensor.split(lengths)
+        self._check("scatter", output_tensor, blocks[root].numel())
+        with torch.no_grad(), self._on(stream):
+            output_tensor.copy_(blocks[root].reshape(output_tensor.shape))
+        for dst, block in enumerate(blocks):
+            if dst != root and lengths[dst]:
+                self.send(block, dst, stream)
+
     def broadcast(self, tensor: Tensor, src: int, stream: Any = None) -> None:
         """tensor of rank src, into the others'."""
         self._fill(tensor, tensor.numel(), stream, fcomm.broadcast, tensor, src=src)
@@ -108,6 +148,19 @@ class PyNcclCommunicator:
         """The elements that rank src sends, into tensor."""
         self._fill(tensor, tensor.numel(), stream, fcomm.recv, tensor.reshape(-1), src=src)
 
+    def batch_isend_irecv(self, p2p_ops: Sequence[dist.P2POp], stream: Any = None) -> None:
+        """The messages of a list of torch.distributed.P2POp: all are sent, then all are received."""
+        for p2p in p2p_ops:
+            if p2p.op is dist.isend:
+                self.send(p2p.tensor, p2p.group_peer, stream)
+        for p2p in p2p_ops:
+            if p2p.op is not dist.isend:
+                self.recv(p2p.tensor, p2p.group_peer, stream)
+
+    def destroy(self) -> None:
+        """Disable this communicator; what the backend holds for the group ends with the group, by fcomm.close."""
+        self.available, self.disabled = False, True
+
     def group_start(self) -> None:
         """Nothing to do: a send waits for nobody."""
 
@@ -119,13 +172,16 @@ class PyNcclCommunicator:
     ) -> None:
         if self.disabled:
             return
-        if out.numel() != n:
-            raise ArgumentError(
-                f"{collective.__name__}: the output has {out.numel()} elements of shape {tuple(out.shape)}; "
-                f"on group '{self._group.name}' of size {self.world_size} it needs {n}"
-            )
+        self._check(collective.__name__, out, n)
         with torch.no_grad(), self._on(stream):
             out.copy_(collective(x, self._group, self._backend, **options).reshape(out.shape))
+
+    def _check(self, name: str, out: Tensor, n: int) -> None:
+        if out.numel() != n:
+            raise ArgumentError(
+                f"{name}: the output has {out.numel()} elements of shape {tuple(out.shape)}; "
+                f"on group '{self._group.name}' of size {self.world_size} it needs {n}"
+            )
 
     def _on(self, stream: Any) -> AbstractContextManager[Any]:
         return nullcontext() if stream is None else torch.get_device_module(self.device).stream(stream)
