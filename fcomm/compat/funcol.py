@@ -73,6 +73,11 @@ def wait_tensor(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def wait_tensors(tensors: list[Tensor]) -> list[Tensor]:
+    """tensors themselves: results here are complete."""
+    return tensors
+
+
 def broadcast(self: Tensor, src: int, group: GroupLike, tag: str = "", *, backend: Backend | None = None) -> Tensor:
     """Every rank gets self of rank src, counted within the group."""
     return fcomm.broadcast(self, *_handles(group, tag, backend), src=src)
@@ -219,11 +224,7 @@ def all_gather_inplace(
 ) -> list[Tensor]:
     """Every rank's tensor, copied into the tensors of a list, all of one shape."""
     g, b = _handles(_or_world(group, async_op), tag, backend)
-    if len(tensor_list) != g.size or any(out.shape != tensor.shape for out in tensor_list):
-        raise ArgumentError(
-            f"all_gather_inplace: tensor_list has the shapes {[tuple(out.shape) for out in tensor_list]}; group "
-            f"'{g.name}' needs {g.size} tensors of tensor's shape {tuple(tensor.shape)}"
-        )
+    _one_each("all_gather_inplace", "tensor_list", tensor_list, "tensor", tensor, g)
     for out, row in zip(tensor_list, fcomm.all_gather(tensor, g, b, tiled=False), strict=True):
         out.copy_(row)
     return tensor_list
@@ -242,6 +243,22 @@ def reduce_scatter_tensor_inplace(
 ) -> Tensor:
     """reduce_scatter_single, copied into output."""
     return output.copy_(reduce_scatter_single(input, op, scatter_dim, _or_world(group, async_op), tag, backend=backend))
+
+
+def reduce_scatter_inplace(
+    output: Tensor,
+    input_list: list[Tensor],
+    op: ReduceOp = "sum",
+    group: GroupLike | None = None,
+    async_op: bool = False,
+    tag: str = "",
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Fold the tensors of a list, one for each rank, and keep this rank's, copied into output."""
+    g, b = _handles(_or_world(group, async_op), tag, backend)
+    _one_each("reduce_scatter_inplace", "input_list", input_list, "output", output, g)
+    return output.copy_(fcomm.reduce_scatter(torch.stack(input_list), g, b, op=op_name(op), tiled=False))
 
 
 def all_to_all_inplace(
@@ -303,6 +320,14 @@ def _or_world(group: GroupLike | None, async_op: bool) -> GroupLike:
     if group is None:
         raise ArgumentError("group is None, and torch.distributed is not initialised; pass a Group")
     return group
+
+
+def _one_each(name: str, option: str, xs: list[Tensor], like: str, x: Tensor, group: Group) -> None:
+    if len(xs) != group.size or any(one.shape != x.shape for one in xs):
+        raise ArgumentError(
+            f"{name}: {option} has the shapes {[tuple(one.shape) for one in xs]}; group '{group.name}' needs "
+            f"{group.size} tensors of {like}'s shape {tuple(x.shape)}"
+        )
 
 
 def _at_least_1d(x: Tensor) -> Tensor:
