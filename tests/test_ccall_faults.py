@@ -454,6 +454,26 @@ def test_a_communicator_is_ended_once(double: str, symbols: tuple[str, str]) -> 
     run_ranks(ended_once, 2, double, symbols, timeout_s=60)
 
 
+def in_progress(world: fcomm.Group, double: str, symbol: str) -> None:
+    """A communicator that cannot be destroyed while a call is in progress is destroyed when that has returned."""
+    on = backend(double)
+    group = fcomm.subgroup(world, range(world.size), name="busy")
+    hasten(group, on, 0.7)
+    before = control(double).double_live()
+    if world.rank == 0:
+        plant(double, symbol, DEAF, 1500)
+    with pytest.raises(fcomm.FcommError):
+        twice(CALLS["all_reduce"], group, on)
+    until = time.monotonic() + 10
+    while control(double).double_live() == before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert control(double).double_live() == before - 1
+
+
+def test_a_communicator_in_use_is_destroyed_afterwards() -> None:
+    run_ranks(in_progress, 2, "hccl", "HcclAllReduce", timeout_s=60)
+
+
 def unreceived(world: fcomm.Group, double: str) -> None:
     on = backend(double)
     fcomm.all_reduce(torch.ones(1), world, on)

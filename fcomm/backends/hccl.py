@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import POINTER, Structure, Union, c_char, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
@@ -25,6 +26,9 @@ from fcomm.backends.vendors import hccl
 from fcomm.group import Backend, Lowering
 
 # --- declarations -------------------------------------------------------------------------------------------------
+
+_AGAIN = 20
+_IN_USE_S = 60.0  # how long a communicator's end waits for a call in progress; then it stays, with that call's memory
 
 # HcclResult
 CODES = {
@@ -48,7 +52,7 @@ CODES = {
     17: "HCCL_E_PROFILING",
     18: "HCCL_E_CCE",
     19: "HCCL_E_NETWORK",
-    20: "HCCL_E_AGAIN",
+    _AGAIN: "HCCL_E_AGAIN",
     21: "HCCL_E_REMOTE",
     22: "HCCL_E_SUSPENDING",
     23: "HCCL_E_OPRETRY_FAIL",
@@ -309,7 +313,13 @@ def _finalize(lib: Library, handle: c_void_p, settle: Callable[[], None]) -> Non
 
 
 def _destroy(lib: Library, handle: c_void_p) -> None:
-    lib.call("HcclCommDestroy", handle)
+    # From any thread, as CANN documents: a call that waits for links to its peers then ends with an error; while
+    # another one works, nothing is destroyed and the answer is "again".
+    until, pause = time.monotonic() + _IN_USE_S, 1e-2
+    while (code := lib.status("HcclCommDestroy", handle)) == _AGAIN and time.monotonic() < until:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+    ccall.check(lib, code, "HcclCommDestroy")
 
 
 # --- natives ------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ struct Comm {
   std::mutex lock;
   std::condition_variable wake;
   std::deque<std::function<void()>> jobs;
-  std::atomic<int> inside{0};
+  std::atomic<int> inside{0}, busy{0};  // calls; those of them that do not wait for a peer
   bool stop = false;
   std::thread worker;
 
@@ -384,6 +384,7 @@ inline Result join(Comm &c, const Id &id) {
 // --- communicators in use -------------------------------------------------------------------------------------------
 
 inline std::set<Comm *> g_comms;
+inline std::atomic<int> g_stale{0};  // looks for what is not, or no longer, a communicator
 
 inline Comm *add(Comm *c) {
   std::lock_guard<std::mutex> hold(g_lock);
@@ -395,6 +396,7 @@ inline Comm *add(Comm *c) {
 inline Comm *look_up(const void *handle) {
   std::lock_guard<std::mutex> hold(g_lock);
   auto found = g_comms.find(static_cast<Comm *>(const_cast<void *>(handle)));
+  if (handle && found == g_comms.end()) ++g_stale;
   return found == g_comms.end() ? nullptr : *found;
 }
 
@@ -427,7 +429,11 @@ struct Inside {
 
 // Waits as a fault asks; true if the communicator was aborted meanwhile.
 inline bool suffer(Comm *c, Fault fault) {
-  if (fault.action == kDelay || fault.action == kDeaf) sleep_ms(fault.value);
+  if (fault.action == kDelay || fault.action == kDeaf) {
+    if (c) ++c->busy;
+    sleep_ms(fault.value);
+    if (c) --c->busy;
+  }
   if (fault.action == kHang)
     for (long ms = 0; ms < fault.value && !(c && c->abort); ms += 5) sleep_ms(5);
   return c && c->abort;
@@ -581,4 +587,5 @@ __attribute__((visibility("default"), used)) inline long double_calls(const char
 }
 __attribute__((visibility("default"), used)) inline int double_live() { return core::g_live; }
 __attribute__((visibility("default"), used)) inline int double_aborted() { return core::g_aborted; }
+__attribute__((visibility("default"), used)) inline int double_stale() { return core::g_stale; }
 }

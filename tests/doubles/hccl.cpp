@@ -1,7 +1,8 @@
 // A libhccl.so on host memory. -DDOUBLE_PART=1 builds the operators only and -DDOUBLE_PART=2 communicator management
 // (libhcomm.so), as newer CANN splits them; without it, one library has both, as older CANN.
 //
-// Calls work in the caller's thread and return when they are done. HcclCommDestroy from another thread ends them.
+// Calls work in the caller's thread and return when they are done. HcclCommDestroy from another thread ends those that
+// wait for a peer; while others are in progress it returns HCCL_E_AGAIN and destroys nothing, as documented.
 // Once a thread has a device (double_set_device), calls from threads that have none are refused, as on an NPU.
 // The parts share core.hpp's variables: they are compiled with default visibility, which makes those one per process.
 #include "core.hpp"
@@ -10,7 +11,7 @@
 
 using namespace core;
 
-enum Code { kSuccess, kPara, kPtr, kMemory, kInternal, kNotSupport, kTcpTransfer = 13, kRuntime = 15, kRemoteError = 21 };
+enum Code { kSuccess, kPara, kPtr, kMemory, kInternal, kNotSupport, kTcpTransfer = 13, kRuntime = 15, kAgain = 20, kRemoteError = 21 };
 using u32 = uint32_t;
 using u64 = uint64_t;
 
@@ -114,6 +115,7 @@ API HcclCommDestroy(void *comm) {
   Fault fault = enter_with_device("HcclCommDestroy");
   if (fault.action == kStatus) return fault.value;
   FIND(c, comm)
+  if (c->busy) return kAgain;
   if (suffer(c, fault)) return kInternal;
   destroy(c, c->inside > 0 || c->state);
   return kSuccess;
