@@ -51,7 +51,9 @@ class Live:
     # How often each subgroup was made: every member makes it equally often, so their counts agree.
     epochs: dict[str, int] = field(default_factory=dict)
     _communicators: dict[str, tuple[Any, Callable[[Any], None], Callable[[Any], None]]] = field(default_factory=dict)
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _opening: threading.RLock = field(default_factory=threading.RLock)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _closed: bool = False
     _unanswered: Future[Any] | None = None
 
     def communicator(
@@ -60,14 +62,28 @@ class Live:
         """The communicator of this group under key, opened at first use and closed with the group.
 
         leave: called before it, and before any other group is closed by the same call; waits for nobody.
+        Raises GroupClosedError where another thread closes the group meanwhile.
         """
         found = self._communicators.get(key)
         if found is None:
-            with self._lock:
+            with self._opening:
                 found = self._communicators.get(key)
                 if found is None:
-                    found = self._communicators[key] = (open(), close, leave)
+                    found = (open(), close, leave)
+                    self._keep(key, found)
         return found[0]
+
+    def _keep(self, key: str, opened: tuple[Any, Callable[[Any], None], Callable[[Any], None]]) -> None:
+        with self._lock:  # not held while it opens: closing waits for no thread that waits for other ranks
+            if not self._closed:
+                self._communicators[key] = opened
+                return
+        communicator, close, _ = opened
+        with suppress(Exception):
+            close(communicator)
+        raise GroupClosedError(
+            f"fcomm: group '{self.group.name}' was closed while a thread opened it; close it after the last call"
+        )
 
     @property
     def silent(self) -> bool:
@@ -101,12 +117,13 @@ class Live:
         """Close all of them, the latest first; raises the first error of one."""
         problem: Exception | None = None
         with self._lock:
-            while self._communicators:
-                _, (communicator, close, _) = self._communicators.popitem()
-                try:
-                    close(communicator)
-                except Exception as error:
-                    problem = problem or error
+            self._closed = True
+        while self._communicators:
+            _, (communicator, close, _) = self._communicators.popitem()
+            try:
+                close(communicator)
+            except Exception as error:
+                problem = problem or error
         if problem is not None:
             raise problem
 

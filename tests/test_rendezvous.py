@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import fcomm
 from fcomm import FcommError, Group, RendezvousError, bootstrap
+from fcomm.backends.worker import apart
 from fcomm.bootstrap import first_host, launcher_place
 from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
@@ -49,6 +50,25 @@ def set_environment(**variables: object) -> None:
     for name in [n for n in os.environ if n.startswith(LAUNCHER_VARIABLES)]:
         del os.environ[name]
     os.environ.update({k: str(v) for k, v in variables.items()})
+
+
+def test_closing_does_not_wait_for_a_thread_that_opens() -> None:
+    group, opening, come, closed = fcomm.init(name="alone"), threading.Event(), threading.Event(), list[str]()
+
+    def open_slowly() -> str:
+        opening.set()
+        come.wait(30)
+        return "it"
+
+    call = apart(lambda: live(group).communicator("slow", open_slowly, closed.append))
+    opening.wait(30)
+    start = time.monotonic()
+    fcomm.close(group)
+    assert time.monotonic() - start < 5
+    come.set()
+    with pytest.raises(fcomm.GroupClosedError, match="'alone' was closed while a thread opened it"):
+        call.result(30)
+    assert closed == ["it"]
 
 
 # --- launchers ----------------------------------------------------------------------------------------------------
