@@ -87,7 +87,7 @@ class Live:
 
     @property
     def silent(self) -> bool:
-        """Whether a call of the store waits for its answer."""
+        """Whether a call of the store still waits for its answer after its limit has passed."""
         return self._unanswered is not None and not self._unanswered.done()
 
     def ask(self, call: Callable[[dist.Store], T], limit_s: float, look: Callable[[], None] = lambda: None) -> T:
@@ -101,12 +101,12 @@ class Live:
             with suppress(dist.DistError):
                 answer(future, limit_s, look)
         asked: Future[T] = apart(lambda: call(self.store))
-        self._unanswered = asked
         try:
             return answer(asked, max(0.0, end - time.monotonic()), look)
-        finally:
-            if asked.done():
-                self._unanswered = None
+        except BaseException:
+            if not asked.done():
+                self._unanswered = asked
+            raise
 
     def leave_communicators(self) -> None:
         """Say to the other ranks that this one makes no more calls."""

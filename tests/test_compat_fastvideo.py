@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+import threading
 import time
 from collections import OrderedDict, namedtuple
 from datetime import timedelta
@@ -270,6 +271,15 @@ def test_frames_refuse_what_is_not_plain(obj: Any) -> None:
         encode(obj)
 
 
+class Silent:
+    """A store that does not answer, as its server is stopped."""
+
+    def check(self, *args: object) -> None:
+        threading.Event().wait()
+
+    set = check
+
+
 def late(world: fcomm.Group, port: int) -> str:
     pg = StatelessProcessGroup.create("127.0.0.1", port, world.rank or 0, 2, data_expiration_seconds=40)
     assert live(pg.group).timeout_s == 40
@@ -281,7 +291,12 @@ def late(world: fcomm.Group, port: int) -> str:
         pg.recv_obj(src=0)
     with pytest.raises(TimeoutError, match=r"barrier: nothing arrived from rank 0 of group .* within 0.1 s"):
         pg.barrier(timeout=0.1)
-    pg.store.set("done", "1")
+    store, live(pg.group).timeout_s = pg.store, 0.3
+    live(pg.group).store = Silent()  # type: ignore[assignment]
+    for call in (lambda: pg.recv_obj(src=0), lambda: pg.send_obj(1, dst=0)):
+        with pytest.raises(TimeoutError, match=r"_obj: the store of group .* did not answer within 0.3 s"):
+            call()
+    store.set("done", "1")
     return str(caught.value)
 
 

@@ -8,12 +8,12 @@ as keywords or anywhere among the positional arguments: all_gather(x, group, bac
 from __future__ import annotations
 
 import json
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch import Tensor
 import fcomm
 from fcomm import processes
 from fcomm.arithmetic import check_op, fold
+from fcomm.bootstrap import NoAnswerError
 from fcomm.collectives import checks
 from fcomm.compat.funcol import ReduceOp, op_name
 from fcomm.compat.handles import takes_handles
@@ -29,6 +30,10 @@ from fcomm.dtypes import CODES
 from fcomm.errors import ArgumentError, CollectiveTimeoutError, FcommError, PeerDiedError
 from fcomm.group import Backend, Group
 from fcomm.rendezvous import live
+
+T = TypeVar("T")
+
+_LAST_S = 0.1  # for the answer to a last question, however little of the deadline is left
 
 
 @takes_handles
@@ -282,33 +287,57 @@ class StatelessProcessGroup:
             frame = encode(obj)
         except Exception as error:
             text = f"{what}: rank {self.rank} of group '{self.group.name}' could not send: {error}"
-            self.store.set(key, json.dumps({"error": text}))
+            self._ask(what, lambda store: store.set(key, json.dumps({"error": text})))
             raise
-        self.store.set(key, frame)  # type: ignore[arg-type]  # str in torch's stub only
+        self._ask(what, lambda store: store.set(key, frame))  # type: ignore[arg-type]  # str in torch's stub only
 
     def _read(self, what: str, key: str, src: int, readers: int, timeout_s: float | None = None) -> Any:
         timeout_s = live(self.group).timeout_s if timeout_s is None else timeout_s
+        deadline, pause = time.monotonic() + timeout_s, 1e-3
+        # Polled: the store's client serves one call at a time, and other threads use it too.
+        while not self._ask(what, lambda store: store.check([key]), src, deadline):
+            if time.monotonic() > deadline:
+                raise CollectiveTimeoutError(
+                    f"{what}: nothing arrived from rank {src} of group '{self.group.name}' within {timeout_s} s; "
+                    "see what that rank is doing",
+                    op=what, group=self.group.name, rank=self.rank, culprits=(src,),
+                )  # fmt: skip
+            time.sleep(pause)
+            pause = min(2 * pause, 2e-2)
+
+        def take(store: dist.Store) -> bytes:
+            frame = store.get(key)
+            with suppress(dist.DistNetworkError):  # with a store that is lost now, the message is gone too
+                if readers == 1 or store.add(f"{key}/read", 1) == readers:
+                    store.delete_key(key)
+                    store.delete_key(f"{key}/read")
+            return frame
+
+        return decode(self._ask(what, take, src, deadline))
+
+    def _ask(
+        self, what: str, call: Callable[[dist.Store], T], src: int | None = None, deadline: float | None = None
+    ) -> T:
+        """What the store answers, by the deadline, by default the group's; src: whose value is awaited."""
+        owner = live(self.group)
+        deadline = time.monotonic() + owner.timeout_s if deadline is None else deadline
+        awaited = "" if src is None else f" while a value of rank {src} was awaited"
         try:
-            self.store.wait([key], timedelta(seconds=timeout_s))
-            frame = self.store.get(key)
+            return owner.ask(call, max(_LAST_S, deadline - time.monotonic()))
+        except NoAnswerError as error:
+            stopped = processes.stopped(owner.identities)
+            cause = f"{processes.named(stopped)} stopped" if stopped else "the process that serves it may be stopped"
+            raise CollectiveTimeoutError(
+                f"{what}: the store of group '{self.group.name}' did not answer within {owner.timeout_s} s{awaited}; "
+                f"{cause}, or its host gone",
+                op=what, group=self.group.name, rank=self.rank, culprits=stopped,
+            ) from error  # fmt: skip
         except dist.DistNetworkError as error:
             raise PeerDiedError(
-                f"{what}: the store of group '{self.group.name}' is lost while a value of rank {src} was awaited; "
+                f"{what}: the store of group '{self.group.name}' is lost{awaited}; "
                 "rank 0 serves a store of create(): see its log, or let it end last, as after a barrier",
-                op=what, group=self.group.name, rank=self.rank,
-                culprits=processes.ended(live(self.group).identities),
+                op=what, group=self.group.name, rank=self.rank, culprits=processes.ended(owner.identities),
             ) from error  # fmt: skip
-        except RuntimeError as error:
-            raise CollectiveTimeoutError(
-                f"{what}: nothing arrived from rank {src} of group '{self.group.name}' within {timeout_s} s; "
-                "see what that rank is doing",
-                op=what, group=self.group.name, rank=self.rank, culprits=(src,),
-            ) from error  # fmt: skip
-        with suppress(dist.DistNetworkError):  # with a store that is lost now, the message is gone too
-            if readers == 1 or self.store.add(f"{key}/read", 1) == readers:
-                self.store.delete_key(key)
-                self.store.delete_key(f"{key}/read")
-        return decode(frame)
 
 
 def encode(obj: Any) -> bytes:
