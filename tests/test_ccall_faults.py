@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from fcomm import processes
 from fcomm.backends import communicator, failure
 from fcomm.backends.communicator import issue
 from fcomm.backends.machine import Comm
+from fcomm.backends.worker import start_worker
 from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
 
@@ -439,10 +441,14 @@ def ended_once(world: fcomm.Group, double: str, symbols: tuple[str, str]) -> Non
     on, (destroy, abort) = backend(double), symbols
     group = fcomm.subgroup(world, range(world.size), name="ending")
     hasten(group, on, 1.0)
-    plant(double, destroy, DELAY, 2500)
-    with pytest.raises(fcomm.CollectiveTimeoutError):
+    if world.rank == 0:
+        plant(double, destroy, DELAY, 2500)
+        with pytest.raises(fcomm.CollectiveTimeoutError) as caught:
+            fcomm.close(group)
+        assert caught.value.culprits == (), caught.value  # the other rank has closed, and so answers nothing
+        time.sleep(2)
+    else:
         fcomm.close(group)
-    time.sleep(2)
     assert calls(double, destroy) + (calls(double, abort) if abort != destroy else 0) == 1
 
 
@@ -472,6 +478,62 @@ def in_progress(world: fcomm.Group, double: str, symbol: str) -> None:
 
 def test_a_communicator_in_use_is_destroyed_afterwards() -> None:
     run_ranks(in_progress, 2, "hccl", "HcclAllReduce", timeout_s=60)
+
+
+def ring(world: fcomm.Group, double: str, symbol: str) -> None:
+    """Where a ring of messages fails, the threads of its sends do not raise again what a receive has raised."""
+    on, x = backend(double), torch.ones(3)
+    group = fcomm.subgroup(world, range(world.size), name="ring")
+
+    def turn(group: fcomm.Group, on: fcomm.Backend) -> None:
+        fcomm.recv(x, group, on, after=fcomm.send(x, group, on))
+
+    turn(group, on)
+    fcomm.all_reduce(x, group, on)  # the other rank has had its turn
+    if world.rank == 1:
+        plant(double, symbol, STATUS, 4)
+    with pytest.raises(fcomm.BackendError) as caught:
+        twice(turn, group, on)
+    assert caught.value.culprits == (1,)
+    ((team, *_),) = live(group)._communicators.values()
+    for _, sent in team.sending:
+        sent.exception(5)
+    for call in (lambda: fcomm.all_reduce(x, group, on), lambda: fcomm.send(x, group, on)):
+        with pytest.raises(fcomm.GroupPoisonedError):
+            call()
+    fcomm.close(group)
+
+
+@pytest.mark.parametrize(("double", "symbol"), [("nccl", "ncclRecv"), ("hccl", "HcclRecv")])
+def test_a_failed_ring_raises_its_error_once(double: str, symbol: str) -> None:
+    run_ranks(ring, 2, double, symbol, timeout_s=60)
+
+
+def held_up(world: fcomm.Group, double: str) -> None:
+    """A thread waits for a rank that does not come, in a call or to open the group: closing does not wait for it."""
+    communicator._GRACE_S = 0.2
+    on, x = backend(double), torch.ones(1)
+    open_, opening = (fcomm.subgroup(world, range(world.size), name=name) for name in ("open", "opening"))
+    fcomm.all_reduce(x, open_, on)
+    for group in (open_, opening):
+        if world.rank == 0:
+            call = start_worker().submit(partial(fcomm.all_reduce, x, group, on))
+            time.sleep(0.3)
+            start = time.monotonic()
+            fcomm.close(group)
+            assert time.monotonic() - start < 8
+            assert isinstance(call.exception(5), fcomm.GroupClosedError), call
+            tell(world, group.name)
+        else:
+            wait_for_word(world, group.name)
+            with contextlib.suppress(fcomm.FcommError):  # it has opened its part
+                fcomm.close(group)
+    assert control(double).double_live() == 0
+
+
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_closing_does_not_wait_for_a_thread_in_a_call(double: str) -> None:
+    run_ranks(held_up, 2, double, timeout_s=60)
 
 
 def unreceived(world: fcomm.Group, double: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import vendors
 from deadlines import hasten, tell, wait_for_word
 
 import fcomm
@@ -238,7 +239,7 @@ def test_a_rank_that_dies_before_the_group_opens(victim: int, serves: bool, clai
 def serving_main(rank: int, size: int, root: str, plan: dict[str, Any]) -> None:
     """Rank 0, whose process serves the store, stops, or dies while a forked child of it holds its sockets."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(plan["port"]))
-    backend = {"cpu": fcomm.cpu, "c10d": fcomm.c10d}[plan["backend"]]
+    backend = {"cpu": fcomm.cpu, "c10d": fcomm.c10d}.get(plan["backend"]) or vendors.backend(plan["backend"])
     group = fcomm.subgroup(fcomm.init(timeout_s=60.0), range(size), name="served", timeout_s=60.0)
     if plan["opened"]:
         hasten(group, backend, 2.0)
@@ -259,7 +260,9 @@ def serving_main(rank: int, size: int, root: str, plan: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("act", [signal.SIGSTOP, signal.SIGKILL])
-@pytest.mark.parametrize(("backend", "opened"), [("cpu", False), ("c10d", False), ("c10d", True)])
+@pytest.mark.parametrize(
+    ("backend", "opened"), [("cpu", False), ("c10d", False), ("c10d", True), ("nccl", False), ("hccl", True)]
+)
 def test_a_store_that_does_not_answer_holds_nobody(
     backend: str, opened: bool, act: signal.Signals, tmp_path: Path
 ) -> None:
@@ -279,6 +282,8 @@ def test_a_store_that_does_not_answer_holds_nobody(
         assert kind == ends[0][0]
         assert culprits == [0], text
         assert took_s < 15.0
+        if backend in vendors.DOUBLES and act == signal.SIGSTOP:
+            assert "the group's store does not answer: rank 0" in text
 
 
 # --- ranks that disagree ----------------------------------------------------------------------------------------------

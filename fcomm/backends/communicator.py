@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fcomm import processes
 from fcomm.backends import ccall
 from fcomm.backends.ccall import Library
 from fcomm.backends.failure import (
@@ -30,16 +31,21 @@ from fcomm.backends.failure import (
     is_left,
     limited,
     look_around,
+    patience,
     raise_failure,
 )
 from fcomm.backends.later import finish_sending, forget, watch
 from fcomm.backends.machine import Channel, Comm, Machine, Team, current, is_capturing, record_event, stream_of
 from fcomm.backends.worker import start_worker
-from fcomm.errors import BackendError, FcommError, PeerDiedError, RendezvousError
+from fcomm.bootstrap import NoAnswerError
+from fcomm.errors import BackendError, FcommError, GroupClosedError, PeerDiedError, RendezvousError
 from fcomm.group import Group
 from fcomm.rendezvous import live
 
 T = TypeVar("T")
+
+# How long a thread may still be in a call when another one closes the group, at the exit of the process, say.
+_GRACE_S = 1.0
 
 
 def team(machine: Machine, group: Group, device: torch.device) -> Team:
@@ -63,8 +69,9 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
     Raises the error that ended them on any rank; the group is then closed to this backend.
     """
     channel = on.main if edge is None else _edge(on, edge)
+    heard = op != "send"  # its thread has no caller: the next call on the group raises what it finds
     with channel.lock:
-        raise_failure(on, op)
+        raise_failure(on, op, heard=heard)
         if channel.ended:  # a second part of a message that nobody takes: no other communicator is opened for it
             raise FcommError(f"{on.where(op)}: its communicator was aborted")
         if channel is on.main:
@@ -85,7 +92,7 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
         except BaseException as error:
             if on.failure is None and (channel.ended or _is_refused(on, op, edge, error)):
                 raise  # a message that nobody takes, while the group is closed: nothing has failed
-            found = give_up(on, op, library, error)
+            found = give_up(on, op, library, error, channel.members, heard=heard)
             if found is error:
                 raise
             raise found from error
@@ -196,7 +203,8 @@ def _open(on: Team, op: str, channel: Channel, library: Library, deadline: float
     channel.ready = True
     if rank == 0:
         # Every rank has used it. It lets its holder join, so it stays no longer than that.
-        on.erase(f"{channel.key}/id")
+        with suppress(NoAnswerError):  # it is asked to, and does so once it answers
+            on.erase(f"{channel.key}/id", patience(on))
     if channel is on.main:
         # Connections between ranks are made by the first collective; a graph could not capture that.
         x = torch.zeros(2, device=on.device)
@@ -207,15 +215,22 @@ def _open(on: Team, op: str, channel: Channel, library: Library, deadline: float
 def _meet(on: Team, op: str, channel: Channel, library: Library, deadline: float) -> bytes:
     """The unique id, which the channel's first rank makes and the group's store carries; its prefix has the epoch."""
     key = f"{channel.key}/id"
+
+    def look() -> None:
+        # Not look_around, which asks the store too.
+        if gone := processes.ended(on.live.identities, channel.members):
+            raise PeerDiedError(f"{processes.named(gone)} ended, and the group's store does not answer", culprits=gone)
+
     # Two groups, or two backends of one, that shared a store key by mistake would open each other's communicators.
     what = repr((on.group.name, on.group.ranks, on.machine.name, channel.key)).encode()
     tag = hashlib.sha256(what).digest()[:16]
     if channel.members[0] == on.rank:
         uid = _bounded(on, op, channel, lambda: on.machine.make_id(library), deadline)
-        on.write(key, _FRAME.pack(b"fcid", 1, library.version, len(uid), tag) + uid)
+        mine = _FRAME.pack(b"fcid", 1, library.version, len(uid), tag) + uid
+        on.write(key, mine, max(SLICE_S, deadline - time.monotonic()), look)
         return uid
     pause = 1e-3
-    while (frame := on.read(key)) is None:
+    while (frame := on.read(key, max(SLICE_S, deadline - time.monotonic()), look)) is None:
         _look(on, op, channel, deadline)
         time.sleep(pause)
         pause = min(2 * pause, 2e-2)
@@ -245,8 +260,8 @@ def _leave(on: Team) -> None:
 
     def say_so() -> None:
         with suppress(RuntimeError):  # the process that serves the store may have ended before
-            on.write(f"closing/{on.rank}", str(on.calls).encode())
-            on.write("closing", b"1")  # that one has: who waits asks for this alone
+            on.write(f"closing/{on.rank}", str(on.calls).encode(), patience(on))
+            on.write("closing", b"1", patience(on))  # that one has: who waits asks for this alone
 
     # Senders wait for their receivers, but not for one that is here, whether it has ever received or not.
     limited(say_so, STORE_S)
@@ -259,6 +274,8 @@ def _close(on: Team) -> None:
     it before.
     """
     raised, deadline = on.raised, time.monotonic() + on.live.timeout_s
+    if _end_calls(on):
+        raised = True  # in the thread whose call it was
     problem = finish_sending(on, deadline)
     forget(on)
     for channel in on.channels():
@@ -270,6 +287,21 @@ def _close(on: Team) -> None:
     if problem is not None and not raised:
         on.raised = True
         raise problem
+
+
+def _end_calls(on: Team) -> bool:
+    """Wait a moment for other threads that are in a call, or still open the group, then end their calls; whether so."""
+    until = time.monotonic() + _GRACE_S
+    for channel in on.channels():
+        if channel is not on.main and channel.members[1] != on.rank:
+            continue  # of a send, which finish_sending waits for
+        if channel.lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            channel.lock.release()
+        elif on.failure is None:
+            error = GroupClosedError("the group was closed while a thread was in a call; close it after the last call")
+            give_up(on, "close", on.machine.load(), error, channel.members)
+            return True
+    return False
 
 
 def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None:
@@ -290,6 +322,6 @@ def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None
         channel.handle, channel.ready = ctypes.c_void_p(), False
     except Exception as error:
         if on.failure is not None or not is_left(on, channel):
-            return give_up(on, "close", library, error)
+            return give_up(on, "close", library, error, channel.members)
         abort(on, library, channel)
     return None

@@ -22,6 +22,7 @@ from fcomm.backends import ccall
 from fcomm.backends.ccall import Library
 from fcomm.backends.machine import LOG, Channel, Team, current
 from fcomm.backends.worker import start_worker
+from fcomm.bootstrap import NoAnswerError
 from fcomm.errors import BackendError, CollectiveTimeoutError, FcommError, GroupPoisonedError, PeerDiedError, printable
 
 T = TypeVar("T")
@@ -35,18 +36,22 @@ _ABORT_ON_DEVICE_S = 5.0  # there it waits for kernels that write into tensors
 # A rank that served the store may close the group and end while another one is at these: its store's end is no failure.
 BETWEEN = "between calls"
 _OUTLASTING = ("close", "send", BETWEEN)
+_OF_EDGES = ("send", "recv")  # a rank may close without its part of these
 
 # Of a failure in the store: magic, rank, code (_TIMEOUT, _OTHER, _DIED, or the library's). Its text follows.
 _REPORT = struct.Struct("<4sIi")
 _TIMEOUT, _OTHER, _DIED = -1, -2, -3
 
 
-def raise_failure(on: Team, op: str) -> None:
-    """Raise what an earlier call left: first the failure itself, later that the group is poisoned by it."""
+def raise_failure(on: Team, op: str, *, heard: bool = True) -> None:
+    """Raise what an earlier call left: first the failure itself, later that the group is poisoned by it.
+
+    heard: a caller gets it; not so in a thread that nobody waits for.
+    """
     if on.failure is None:
         return
     if not on.raised:
-        on.raised = True
+        on.raised = heard
         raise on.failure
     raise GroupPoisonedError(
         f"{on.where(op)}: unusable since: {on.failure}; close the group and create another",
@@ -60,7 +65,7 @@ def raise_failure(on: Team, op: str) -> None:
 def look_around(on: Team, op: str, deadline: float, needed: Iterable[int]) -> None:
     """Raise if the deadline has passed, another rank has failed, or one of the needed has ended without closing."""
     if time.monotonic() > deadline:
-        raise CollectiveTimeoutError(f"{op} passed its deadline of {on.live.timeout_s} s")
+        raise late(on, op)
     report = _reported(on)
     if report is not None:
         raise _error_of(on, *report)
@@ -69,15 +74,27 @@ def look_around(on: Team, op: str, deadline: float, needed: Iterable[int]) -> No
         raise PeerDiedError(f"{_named(on, gone)} ended; look at the log there", culprits=gone)
 
 
+def late(on: Team, op: str, where: str = "", *, silent: bool | None = None) -> CollectiveTimeoutError:
+    """The error of a deadline that has passed; silent: the group's store does not answer, which may be why."""
+    text = f"{op} passed its deadline of {on.live.timeout_s} s{where}"
+    if not (on.live.silent if silent is None else silent):
+        return CollectiveTimeoutError(text)
+    stopped = processes.stopped(on.live.identities)
+    cause = (
+        f"{_named(on, stopped)} stopped" if stopped else "the process that serves it may be stopped, or its host gone"
+    )
+    return CollectiveTimeoutError(f"{text}; the group's store does not answer: {cause}", culprits=stopped)
+
+
 def check_takers(on: Team, op: str) -> None:
     """Raise if a rank has closed the group after fewer calls on all ranks than this one's, and so never takes part."""
     try:
-        if on.read("closing") is None:
+        if on.read("closing", SLICE_S) is None:
             return
-        said = {r: on.read(f"closing/{r}") for r in range(on.group.size) if r != on.rank}
+        said = {r: _calls_of(on, r, SLICE_S) for r in range(on.group.size) if r != on.rank}
     except RuntimeError:
-        return  # the store has gone; the deadline holds without it
-    closed = [r for r, calls in said.items() if calls is not None and int(calls) < on.calls]
+        return  # the store has gone, or does not answer; the deadline holds without it
+    closed = [r for r, calls in said.items() if calls is not None and calls < on.calls]
     if closed:
         who = _named(on, closed) if on.live.identities else ", ".join(f"rank {r}" for r in closed)
         text = f"{who} closed the group, or ended, and does not take part in {op}; make every rank call the same"
@@ -87,21 +104,34 @@ def check_takers(on: Team, op: str) -> None:
 def has_closed(on: Team, rank: int, *, if_lost: bool = True) -> bool:
     """Whether a rank closes, or has closed, the group; if_lost where the store, and who served it, have gone."""
     try:
-        return on.read(f"closing/{rank}") is not None
+        return _calls_of(on, rank, patience(on)) is not None
+    except NoAnswerError:
+        return if_lost and bool(processes.ended(on.live.identities, [rank]))  # one that lives may still take part
     except RuntimeError:
         return if_lost
 
 
+def _calls_of(on: Team, rank: int, limit_s: float) -> int | None:
+    """How many calls on all ranks a rank that closes, or has closed, the group has made; None if it has not."""
+    said = on.read(f"closing/{rank}", limit_s)
+    return None if said is None else int(said)
+
+
+def patience(on: Team) -> float:
+    """How long a rank that gives up or closes waits for an answer of the store, which may be what failed."""
+    return SLICE_S if on.live.silent else STORE_S
+
+
 def leave(on: Team, library: Library, edge: Channel) -> None:
     """Abort an edge that has a message nobody takes; its receiver, who may wait to end it together, is told first."""
-    limited(lambda: on.write(f"{edge.key}/left", b"1"), STORE_S)
+    limited(lambda: on.write(f"{edge.key}/left", b"1", patience(on)), STORE_S)
     abort(on, library, edge)
 
 
 def is_left(on: Team, channel: Channel) -> bool:
     """Whether the other rank of an edge has left it."""
     try:
-        return channel is not on.main and on.read(f"{channel.key}/left") is not None
+        return channel is not on.main and on.read(f"{channel.key}/left", SLICE_S) is not None
     except RuntimeError:
         return False
 
@@ -128,19 +158,25 @@ def _without_store(on: Team, error: dist.DistError) -> PeerDiedError:
     return PeerDiedError(f"the group's store is lost ({reason}){cause}", culprits=gone)
 
 
-def give_up(on: Team, op: str, library: Library, error: BaseException, *, raised: bool = True) -> BaseException:
+def give_up(
+    on: Team, op: str, library: Library, error: BaseException, among: Iterable[int], *, heard: bool = True
+) -> BaseException:
     """Tell the other ranks, abort the communicators, remember why; returns the error.
 
-    raised: the caller raises it; if not, the next call on the group or its close does.
+    among: the ranks that the call needs.  heard: a caller gets the error; if not, the next call on the group raises it,
+    or its close.
     """
+    if isinstance(error, NoAnswerError):
+        error = late(on, op, silent=True)
     if isinstance(error, dist.DistError):
         error = _without_store(on, error)
     with on.lock:
         if on.failure is None:
-            on.failure = _agreed(on, op, error if isinstance(error, FcommError) else FcommError(_described(error)))
-            on.raised = raised
+            found = error if isinstance(error, FcommError) else FcommError(_described(error))
+            on.failure = _agreed(on, op, found, tuple(among))
             for channel in on.channels():
                 abort(on, library, channel)
+        on.raised = on.raised or heard
         return on.failure if isinstance(error, FcommError) else error
 
 
@@ -181,15 +217,15 @@ def limited(fn: Callable[[], T], limit_s: float) -> T | None:
         return None
 
 
-def _agreed(on: Team, op: str, error: FcommError) -> FcommError:
+def _agreed(on: Team, op: str, error: FcommError, among: tuple[int, ...]) -> FcommError:
     """The error that all ranks raise for this failure: that of the first report."""
     code = {CollectiveTimeoutError: _TIMEOUT, PeerDiedError: _DIED}.get(type(error), getattr(error, "code", _OTHER))
     # The report before the abort: peers notice an abort at once, and then look for the reason.
-    report = limited(lambda: _report(on, code, str(error)), STORE_S)
+    report = limited(lambda: _report(on, code, str(error)), patience(on))
     if report is not None:
         rank, code, text = report
         error = error if rank == on.rank else _error_of(on, rank, code, text)
-    culprits = limited(lambda: _culprits(on, error, report), STORE_S) or error.culprits
+    culprits = limited(lambda: _culprits(on, op, error, report, among), patience(on)) or error.culprits
     silent = culprits if _is_silence(error) and code != _DIED else ()
     absent = f"; ranks {list(silent)} have not answered: look at their logs" if silent else ""
     return _located(error, op, on, f"{on.where(op)}: {error}{absent}", culprits)
@@ -219,9 +255,9 @@ def _error_of(on: Team, rank: int, code: int, text: str) -> FcommError:
 
 def _report(on: Team, code: int, text: str) -> tuple[int, int, str]:
     """Report a failure, unless another rank was first; returns the report that stands."""
-    on.write(f"here/{on.rank}", b"1")
-    if on.count("failures") == 1:
-        on.write("failure", _REPORT.pack(b"fcfl", on.rank, code) + text.encode(errors="replace")[:500])
+    on.write(f"here/{on.rank}", b"1", STORE_S)
+    if on.count("failures", STORE_S) == 1:
+        on.write("failure", _REPORT.pack(b"fcfl", on.rank, code) + text.encode(errors="replace")[:500], STORE_S)
         return on.rank, code, text
     return _wait_for(lambda: _reported(on)) or (on.rank, code, text)
 
@@ -229,9 +265,9 @@ def _report(on: Team, code: int, text: str) -> tuple[int, int, str]:
 def _reported(on: Team) -> tuple[int, int, str] | None:
     """The failure that a rank reported: its rank, code and text."""
     try:
-        frame = on.read("failure")
+        frame = on.read("failure", SLICE_S)
     except RuntimeError:
-        return None  # the store has gone; the deadline holds without it
+        return None  # the store has gone, or does not answer; the deadline holds without it
     if frame is None or len(frame) < _REPORT.size or frame[:4] != b"fcfl":
         return None
     _, rank, code = _REPORT.unpack_from(frame)
@@ -243,32 +279,40 @@ def _is_silence(error: FcommError) -> bool:
     return isinstance(error, CollectiveTimeoutError | PeerDiedError)
 
 
-def _culprits(on: Team, error: FcommError, report: tuple[int, int, str] | None) -> tuple[int, ...]:
+def _culprits(
+    on: Team, op: str, error: FcommError, report: tuple[int, int, str] | None, among: tuple[int, ...]
+) -> tuple[int, ...]:
     """The ranks that caused it. The first to report finds them, the others read what it found.
 
-    Of a silence that names nobody it is whoever does not notice the failure either: a rank that waits for the group
-    does so within a slice. Of the rest it is the rank whose call failed.
+    Of a silence that names nobody it is whoever of those that the call needs does not notice the failure either: a rank
+    that waits for the group does so within a slice. Of the rest it is the rank whose call failed.
     """
     if report is None:
         # The store has gone, and its server may be a rank.
         return error.culprits or tuple(_ended_by_now(on))
     if report[0] != on.rank:
-        frame = _wait_for(lambda: on.read("culprits")) or b""
+        frame = _wait_for(lambda: on.read("culprits", STORE_S)) or b""
         return tuple(r for (r,) in struct.iter_unpack("<I", frame[: len(frame) // 4 * 4]) if r < on.group.size)
-    found = error.culprits or (_absent(on) if _is_silence(error) else (on.rank,))
-    on.write("culprits", b"".join(struct.pack("<I", r) for r in found))
+    found = error.culprits or (_absent(on, op, among) if _is_silence(error) else (on.rank,))
+    on.write("culprits", b"".join(struct.pack("<I", r) for r in found), STORE_S)
     return found
 
 
-def _absent(on: Team) -> tuple[int, ...]:
+def _absent(on: Team, op: str, among: tuple[int, ...]) -> tuple[int, ...]:
     if gone := _left(on, range(on.group.size)):  # who lives may be late in answering, and is not to blame
         return tuple(gone)
     until = time.monotonic() + _ANSWER_S
-    absent = tuple(range(on.group.size))
+    absent = among
     while absent and time.monotonic() < until:
-        absent = tuple(r for r in absent if on.read(f"here/{r}") is None)
+        absent = tuple(r for r in absent if on.read(f"here/{r}", STORE_S) is None)
         time.sleep(0.02)
-    return absent
+    return tuple(r for r in absent if op in _OF_EDGES or not _has_done_its_part(on, r))
+
+
+def _has_done_its_part(on: Team, rank: int) -> bool:
+    """Whether a rank has closed the group after as many calls on all ranks: it answers nothing, and need not."""
+    calls = _calls_of(on, rank, STORE_S)
+    return calls is not None and calls >= on.calls
 
 
 def _wait_for(read: Callable[[], T | None]) -> T | None:

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from fcomm.backends import ccall
-from fcomm.backends.failure import BETWEEN, SLICE_S, give_up, has_closed, leave, look_around, raise_failure
+from fcomm.backends.failure import BETWEEN, SLICE_S, give_up, has_closed, late, leave, look_around, raise_failure
 from fcomm.backends.machine import LOG, Team, current, is_capturing, record_event
 from fcomm.backends.worker import start_worker, started, submit_behind
-from fcomm.errors import BackendError, CollectiveTimeoutError, FcommError
+from fcomm.errors import BackendError, FcommError
 
 _FAREWELL_S = 0.5  # a message that was received is known to be within this time
 
@@ -37,11 +37,7 @@ def send_later(on: Team, x: Tensor, dst: int, call: Callable[[], None]) -> None:
         on.senders[dst] = start_worker()
 
     def task() -> Any:
-        try:
-            call()
-        except Exception:
-            on.raised = False  # nobody waits for this thread: the next call on the group raises it
-            raise
+        call()
         return record_event(on.device)
 
     while on.sending and _is_taken(on.sending[0][1], within_s=0):
@@ -170,7 +166,7 @@ def look_at_pending(on: Team) -> None:
             if time.monotonic() > deadline:
                 _check_late(on)
     except Exception as error:
-        give_up(on, op, library, error, raised=False)
+        give_up(on, op, library, error, range(on.group.size), heard=False)
     finally:
         on.main.lock.release()
 
@@ -179,9 +175,9 @@ def _check_late(on: Team) -> None:
     # Only now: a query of an event, from any thread, spoils a graph that some thread is capturing.
     with on.lock:
         _drop_finished(on)
-        late = [op for _, deadline, op in on.pending if time.monotonic() > deadline]
-    if late:
-        raise CollectiveTimeoutError(f"{late[0]} passed its deadline of {on.live.timeout_s} s on the device")
+        overdue = [op for _, deadline, op in on.pending if time.monotonic() > deadline]
+    if overdue:
+        raise late(on, overdue[0], " on the device")
 
 
 def _drop_finished(on: Team) -> None:

@@ -171,23 +171,28 @@ class Team:
         group, backend = self.group, self.machine.name
         return f"{op}: on group '{group.name}' of backend '{backend}', rank {self.rank} of {group.size}"
 
-    def read(self, what: str) -> bytes | None:
+    # The group's store. Each call raises NoAnswerError after limit_s seconds without an answer; look: as in Live.ask.
+
+    def read(self, what: str, limit_s: float, look: Callable[[], None] = lambda: None) -> bytes | None:
         """What the ranks of this team find under a key of the group's store, or None.
 
         check, not wait: a store's client serves one call at a time, and this rank's other threads use it too.
         """
         key = self._key(what)
-        return bytes(self.live.store.get(key)) if self.live.store.check([key]) else None
+        return self.live.ask(lambda store: bytes(store.get(key)) if store.check([key]) else None, limit_s, look)
 
-    def write(self, what: str, value: bytes) -> None:
-        self.live.store.set(self._key(what), value)  # type: ignore[arg-type]  # bytes are what it stores
+    def write(self, what: str, value: bytes, limit_s: float, look: Callable[[], None] = lambda: None) -> None:
+        key = self._key(what)
+        self.live.ask(lambda store: store.set(key, value), limit_s, look)  # type: ignore[arg-type]  # it stores bytes
 
-    def count(self, what: str) -> int:
+    def count(self, what: str, limit_s: float) -> int:
         """One more than the number of calls before, of all ranks."""
-        return self.live.store.add(self._key(what), 1)
+        key = self._key(what)
+        return self.live.ask(lambda store: store.add(key, 1), limit_s)
 
-    def erase(self, what: str) -> None:
-        self.live.store.delete_key(self._key(what))
+    def erase(self, what: str, limit_s: float) -> None:
+        key = self._key(what)
+        self.live.ask(lambda store: store.delete_key(key), limit_s)
 
     def _key(self, what: str) -> str:
         return f"{self.machine.name}/{self.device.type}/{what}"
