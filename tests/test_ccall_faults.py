@@ -121,6 +121,7 @@ def failing(
     fcomm.close(after)
     # A call deaf to the abort keeps its communicator: freeing it would pull it from under the call.
     assert action == DEAF or control(double).double_live() == live, f"{symbol}: communicators are left"
+    assert control(double).double_stale() == 0, f"{symbol}: a communicator is used after its end"
     return error
 
 

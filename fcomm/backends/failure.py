@@ -212,9 +212,11 @@ def limited(fn: Callable[[], T], limit_s: float) -> T | None:
     worker.stop()
     try:
         return future.result(limit_s)
-    except (NotYet, RuntimeError, OSError) as error:
+    except NotYet:
+        LOG.warning("while giving up: a call has not returned within %s s, and goes on alone", limit_s)
+    except (RuntimeError, OSError) as error:
         LOG.warning("while giving up: %s", _described(error))
-        return None
+    return None
 
 
 def _agreed(on: Team, op: str, error: FcommError, among: tuple[int, ...]) -> FcommError:

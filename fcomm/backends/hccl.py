@@ -319,6 +319,8 @@ def _destroy(lib: Library, handle: c_void_p) -> None:
     while (code := lib.status("HcclCommDestroy", handle)) == _AGAIN and time.monotonic() < until:
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
+    if code == _AGAIN:
+        LOG.warning("hccl: a communicator is left, a call has been in progress on it for %s s", _IN_USE_S)
     ccall.check(lib, code, "HcclCommDestroy")
 
 
