@@ -189,7 +189,7 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
         )
     for x in tensors:
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: x is {type(x).__name__}, not a tensor; pass torch.as_tensor(x)")
+            raise not_a_tensor(name, "x", x)
         if x.is_nested:
             refuse_nested(name)
         if x.layout != torch.strided:
@@ -209,6 +209,16 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
 def not_a_group(name: str, group: object) -> TypeError:
     """The error of a call whose group is none."""
     return TypeError(f"{name}: group is {group!r}; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...")
+
+
+def not_a_tensor(name: str, option: str, x: object) -> TypeError:
+    """The error of a call whose x, or other tensor, is none."""
+    if isinstance(x, torch.fx.Proxy):
+        return TypeError(
+            f"{name}: {option} is a Proxy of torch.fx.symbolic_trace, which has no shape to check; trace with "
+            "torch.export.export or make_fx, or give torch.fx.wrap the function that makes the call"
+        )
+    return TypeError(f"{name}: {option} is {type(x).__name__}, not a tensor; pass torch.as_tensor({option})")
 
 
 def refuse_nested(name: str) -> NoReturn:

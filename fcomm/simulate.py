@@ -49,6 +49,11 @@ def simulate(fn: Callable[P, T], axis: Group, *, randomness: str = "error") -> C
     def in_dim(x: object) -> int | None:
         if not isinstance(x, Tensor):
             return None
+        if x.is_nested:  # before its shape is asked for
+            raise TypeError(
+                f"simulate: an argument is a nested tensor, whose rows have lengths of their own, but all ranks of "
+                f"'{axis.name}' have one shape; pass torch.nested.to_padded_tensor(x, 0.0)"
+            )
         if x.dim() == 0 or x.shape[0] != size:
             raise ArgumentError(
                 f"simulate: an argument has shape {tuple(x.shape)}; stack the values of the {size} ranks of "

@@ -283,6 +283,16 @@ def test_a_simulated_result_that_is_no_tensor() -> None:
         fcomm.simulate(lambda x: (x, [None]), axis)(torch.ones(2))
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_simulated_argument_that_is_nested(layout: torch.layout) -> None:
+    axis = fcomm.axis("i", 2)
+    rows = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    with pytest.raises(
+        TypeError, match="nested tensor, whose rows have lengths of their own, but all ranks of 'i' have one shape"
+    ):
+        fcomm.simulate(lambda x: fcomm.all_reduce(x, axis, fcomm.sim), axis)(rows)
+
+
 LATER = fcomm.axis("later", 3)
 
 

@@ -165,6 +165,20 @@ def test_a_permutation_exported_on_one_rank_runs_on_all(tmp_path: Path) -> None:
     assert run_ranks(run_exported, 2, path) == [1.0, 0.0]
 
 
+@torch.fx.wrap
+def doubled(x: Tensor) -> Tensor:
+    return fcomm.all_reduce(2 * x, one_rank(), fcomm.cpu)
+
+
+def test_symbolic_trace_takes_a_wrapped_function_and_is_told_so() -> None:
+    with pytest.raises(
+        TypeError, match=r"x is a Proxy of torch\.fx\.symbolic_trace.*or give torch\.fx\.wrap the function"
+    ):
+        torch.fx.symbolic_trace(lambda x: fcomm.all_gather(x, one_rank(), fcomm.cpu))
+    traced = torch.fx.symbolic_trace(lambda x: doubled(x.sin()))
+    assert torch.equal(traced(torch.ones(2)), 2 * torch.ones(2).sin())
+
+
 def test_compiled_autograd_takes_a_graph_made_eagerly() -> None:
     x = torch.rand(3, 2, requires_grad=True)
 

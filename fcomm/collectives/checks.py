@@ -11,13 +11,13 @@ from torch import Tensor
 from fcomm.arithmetic import OPS, check_op
 from fcomm.errors import ArgumentError, MismatchError
 from fcomm.group import Group
-from fcomm.registration import holds, not_a_group, refuse_nested
+from fcomm.registration import holds, not_a_group, not_a_tensor, refuse_nested
 
 
 def is_tensor(name: str, option: str, x: object) -> None:
     """x must be a tensor; what can take part otherwise, apply checks."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: {option} is {type(x).__name__}, not a tensor; pass torch.as_tensor({option})")
+        raise not_a_tensor(name, option, x)
 
 
 def is_group(name: str, group: object) -> None:
