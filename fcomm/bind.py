@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from fcomm import collectives
 from fcomm.group import Backend, Group
 
 
-def bind(group: Group, backend: Backend) -> SimpleNamespace:
+class Bound:
+    """What bind returns: group, backend, and each collective under its name."""
+
+    # Not a SimpleNamespace: torch.compile cannot make one in the function that it compiles.
+    def __init__(self, group: Group, backend: Backend) -> None:
+        self.group, self.backend = group, backend
+        for name in collectives.__all__:
+            setattr(self, name, partial(getattr(collectives, name), group=group, backend=backend))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def bind(group: Group, backend: Backend) -> Bound:
     """A namespace of all collectives on one group and backend: tp = bind(group, backend); tp.all_reduce(x, op="max").
 
-    Nothing but the two arguments is filled in; torch.compile traces through it.
+    Nothing but the two arguments is filled in; torch.compile traces through it, and through bind itself.
     """
-    functions = {
-        name: partial(getattr(collectives, name), group=group, backend=backend) for name in collectives.__all__
-    }
-    return SimpleNamespace(group=group, backend=backend, **functions)
+    return Bound(group, backend)

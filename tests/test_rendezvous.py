@@ -524,5 +524,11 @@ def test_bind_fills_in_the_handles_and_compiles() -> None:
     x = torch.tensor([[1.0, 5.0], [3.0, 2.0]])
     expected = torch.tensor([[3.0, 5.0, 3.0, 5.0]] * 2)
     torch.testing.assert_close(fcomm.simulate(program, axis)(x), expected)
-    compiled = torch.compile(fcomm.simulate(program, axis), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
+
+    def binding(x: torch.Tensor) -> torch.Tensor:
+        on = fcomm.bind(axis, fcomm.sim)
+        return on.all_gather(on.all_reduce(x, op="max"), dim=0)
+
+    for fn in (program, binding):
+        compiled = torch.compile(fcomm.simulate(fn, axis), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected)
