@@ -251,7 +251,11 @@ def test_under_vmap_and_compiled() -> None:
         (lambda x: lax.all_gather(x, *HANDLES, to="elsewhere"), "to is 'elsewhere'"),
         (lambda x: lax.ppermute(x, *HANDLES, [(0, 1), (1, 1)]), "destination 1 twice"),
         (lambda x: lax.pshuffle(x, *HANDLES, [0, 0, 1, 2]), "does not represent a permutation"),
-        (lambda x: lax.pbroadcast(x, *HANDLES, 4), "src is 4"),
+        (lambda x: lax.pbroadcast(x, *HANDLES, 4), "pbroadcast: source is 4"),
+        (lambda x: lax.ppermute(x, *HANDLES, [(0.5, 1)]), "a rank in perm is 0.5"),
+        (lambda x: lax.pshuffle(x, *HANDLES, [1.0, 0.0]), "a rank in perm is 1.0"),
+        (lambda x: lax.psum(x, *HANDLES, axis_index_groups=[[0, 1], [2, 3.5]]), "put each rank of 0 .. 3 into one"),
+        (lambda x: lax.pmax(2, *HANDLES, axis_index_groups=[[0, 1]]), "pmax: axis_index_groups is"),
         (lambda x: lax.pcast(x, *HANDLES, to="reduced"), "to is 'reduced'"),
         (lambda x: lax.ragged_all_to_all(x, x, *[torch.ones(3, dtype=int)] * 4, *HANDLES), "input_offsets has shape"),
     ],
@@ -260,6 +264,13 @@ def test_bad_arguments_are_value_errors_as_in_jax(call: Callable[[Tensor], Any],
     with pytest.raises(ValueError, match=text) as caught:
         on_axis(call, torch.zeros(N, 6))
     assert isinstance(caught.value, FcommError)
+
+
+@pytest.mark.parametrize("blocks", [None, [[0, 1], [2, 3]]])
+def test_psum_scatter_of_bool_is_refused_as_in_jax(blocks: Any) -> None:
+    """psum counts the true ones; "or" would be no sum."""
+    with pytest.raises(TypeError, match=r"pass x.to\(torch.int32\)"):
+        on_axis(lambda x: lax.psum_scatter(x, *HANDLES, axis_index_groups=blocks), torch.ones(N, N, dtype=torch.bool))
 
 
 def test_a_missing_axis_says_so() -> None:

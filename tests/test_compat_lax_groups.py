@@ -93,6 +93,10 @@ def test_several_groups_refuse_what_does_not_fit() -> None:
         on_both(lambda x: lax.all_to_all(x, BOTH, fcomm.sim, 0, 0, tiled=True))
     with pytest.raises(ValueError, match="'rows and columns'"):
         on_both(lambda x: lax.ppermute(x, BOTH, fcomm.sim, [(0, 6)]))
+    with pytest.raises(ValueError, match="pbroadcast: source is 6, not a rank of group 'rows and columns'"):
+        on_both(lambda x: lax.pbroadcast(x, BOTH, fcomm.sim, 6))
+    with pytest.raises(ValueError, match=r"psum_scatter: x.shape\[0\] is 4; the 6 ranks .* need a multiple of 6"):
+        on_both(lambda x: lax.psum_scatter(x, BOTH, fcomm.sim, tiled=True))
 
 
 def test_no_group_is_the_rank_alone_as_in_jax() -> None:
@@ -296,6 +300,15 @@ def test_reductions_take_blocks_of_different_lengths(name: str) -> None:
     torch.testing.assert_close(got, torch.func.vjp(meaning, x)[1](ct)[0])
     got = on_axis(lambda x, t: torch.func.jvp(call, (x,), (t,))[1], x, t)
     torch.testing.assert_close(got, torch.func.jvp(meaning, (x,), (t,))[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_mean_over_blocks_of_different_lengths_is_rounded_once(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    x = torch.tensor([most, most, 1, most], dtype=dtype)  # whose sum has no number in dtype
+    mean = on_axis(lambda x: lax.pmean(x, *HANDLES, axis_index_groups=UNEQUAL), x)
+    assert mean.dtype == dtype
+    assert mean.tolist() == [most, most, torch.tensor(1 / 3).to(dtype).item(), most]
 
 
 def test_numbers_count_the_first_block() -> None:

@@ -39,7 +39,7 @@ def canonical_dim(name: str, option: str, dim: int, x: Tensor, group: Group, *, 
     if x.is_nested:  # before its shape is asked for
         refuse_nested(name)
     ndim = x.dim() + new
-    at = dim if type(dim) is int else _index(dim, none=ndim)
+    at = dim if type(dim) is int else integer(dim, none=ndim)
     if not -ndim <= at < ndim:
         remedy = f"choose one in {-ndim} .. {ndim - 1}" if ndim else "reshape x to (1,)"
         of = f"the {ndim} dimensions of the result" if new else f"x of shape {tuple(x.shape)}"
@@ -73,7 +73,7 @@ def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) 
         sizes = sizes.tolist()
     if isinstance(sizes, Sequence) and not isinstance(sizes, str):
         # A symbolic size, under compile, is no int, and an index of it would fix its value.
-        result = [s if isinstance(s, int | torch.SymInt) else _index(s) for s in sizes]
+        result = [s if isinstance(s, int | torch.SymInt) else integer(s) for s in sizes]
     if result is None or len(result) != group.size or any(isinstance(s, bool) or not holds(s >= 0) for s in result):
         raise ArgumentError(
             f"{name}: {option} is {sizes!r}; group '{group.name}' of size {group.size} needs a list of "
@@ -82,7 +82,7 @@ def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) 
     return result
 
 
-def _index(number: object, none: int = -1) -> int:
+def integer(number: object, none: int = -1) -> int:
     """The int that a numpy integer or a tensor of one integer is; `none` for what is none, bool too."""
     if isinstance(number, bool) or (isinstance(number, Tensor) and number.dtype == torch.bool):
         return none
@@ -115,7 +115,7 @@ def total_length(name: str, option: str, sizes: Sequence[int], x: Tensor, dim: i
 def rank_in_group(name: str, option: str, rank: int, group: Group) -> int:
     """rank must be a rank within the group."""
     is_group(name, group)
-    at = rank if type(rank) is int else _index(rank)
+    at = rank if type(rank) is int else integer(rank)
     if not 0 <= at < group.size:
         raise ArgumentError(
             f"{name}: {option} is {rank!r}, not a rank of group '{group.name}' of size {group.size}; "

@@ -57,10 +57,13 @@ def pmean(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks
     unequal = axis_index_groups is not None and len({len(block) for block in axis_index_groups}) > 1
 
     def leaf(v: Any) -> Any:
-        if unequal or isinstance(v, _NUMBERS) or not (_array(v).is_floating_point() or _array(v).is_complex()):
+        v = v if isinstance(v, _NUMBERS) else _array(v)
+        if unequal or isinstance(v, _NUMBERS) or not (v.is_floating_point() or v.is_complex()):
             n = _size("pmean", group, backend, axis_index_groups)
+            if isinstance(v, Tensor) and v.is_floating_point() and v.dtype.itemsize < 4:  # rounded once, as elsewhere
+                return (psum(v.float(), group, backend, axis_index_groups=axis_index_groups) / n).to(v.dtype)
             return psum(v, group, backend, axis_index_groups=axis_index_groups) / n
-        return _fold("pmean", _array(v), group, backend, "mean", axis_index_groups)
+        return _fold("pmean", v, group, backend, "mean", axis_index_groups)
 
     return _map(leaf, x)
 
@@ -77,7 +80,10 @@ def pmin(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks 
 
 def _extremum(name: str, x: Tree, group: Groups, backend: Backend, op: str, axis_index_groups: Blocks) -> Tree:
     def leaf(v: Any) -> Any:
-        return v if isinstance(v, _NUMBERS) else _fold(name, _array(v), group, backend, op, axis_index_groups)
+        if isinstance(v, _NUMBERS):
+            _size(name, group, backend, axis_index_groups)  # refuses what is wrong
+            return v
+        return _fold(name, _array(v), group, backend, op, axis_index_groups)
 
     return _map(leaf, x)
 
@@ -142,14 +148,20 @@ def psum_scatter(
     """Sum over the group and keep this rank's row; tiled: this rank's block of scatter_dimension."""
 
     def leaf(v: Any) -> Any:
-        if axis_index_groups is not None:
-            v = _fold("psum_scatter", _array(v), group, backend, "sum", axis_index_groups)
-            dim = _canonical("psum_scatter", "scatter_dimension", scatter_dimension, v, group)
-            return _own("psum_scatter", v, group, backend, axis_index_groups, dim, tiled)
         v, groups = _array(v), _groups("psum_scatter", group)
-        if not groups:
+        if not groups and axis_index_groups is None:
             return v
+        if v.dtype == torch.bool:
+            raise TypeError("psum_scatter: x is torch.bool, which has no sum here, as in JAX; pass x.to(torch.int32)")
+        if axis_index_groups is not None:
+            dim = _canonical("psum_scatter", "scatter_dimension", scatter_dimension, v, group)
+            _check_own("psum_scatter", v, group, backend, axis_index_groups, dim, tiled)
+            v = _fold("psum_scatter", v, group, backend, "sum", axis_index_groups)
+            return _own("psum_scatter", v, group, backend, axis_index_groups, dim, tiled)
         *outer, last = groups
+        if outer:
+            dim = _canonical("psum_scatter", "scatter_dimension", scatter_dimension, v, groups)
+            _check_rows("psum_scatter", groups, v, dim, tiled)
         for g in outer:
             v = fcomm.reduce_scatter(v, g, backend, dim=scatter_dimension)
         return fcomm.reduce_scatter(v, last, backend, dim=scatter_dimension, tiled=tiled)
@@ -174,6 +186,7 @@ def all_to_all(
         split_dim = _canonical("all_to_all", "split_axis", split_axis, v, groups)
         concat_dim = _canonical("all_to_all", "concat_axis", concat_axis, v, groups)
         if axis_index_groups is not None:
+            _check_own("all_to_all", v, groups, backend, axis_index_groups, split_dim, tiled)
             rows = _of_block("all_to_all", v, groups, backend, axis_index_groups)
             rows = _own("all_to_all", rows, groups, backend, axis_index_groups, split_dim + 1, tiled)
             return _concatenated(rows, concat_dim, tiled)
@@ -189,13 +202,9 @@ def _all_to_all_over(
 ) -> Tensor:
     """One exchange for each group, along a dimension of its own: rows[i, j] goes to rank (i, j)."""
     sizes = [g.size for g in groups]
-    n, length = math.prod(sizes), x.shape[split_dim]
-    if length % n if tiled else length != n:
-        raise ArgumentError(
-            f"all_to_all: x.shape[{split_dim}] is {length}; the {n} ranks of groups {[g.name for g in groups]} need "
-            + (f"a multiple of {n}" if tiled else f"{n}, a row for each")
-        )
-    blocks = x.unflatten(split_dim, (n, length // n)) if tiled else x
+    n = math.prod(sizes)
+    _check_rows("all_to_all", groups, x, split_dim, tiled)
+    blocks = x.unflatten(split_dim, (n, x.shape[split_dim] // n)) if tiled else x
     rows: Tensor = blocks.movedim(split_dim, 0).unflatten(0, sizes)
     for k, g in enumerate(groups):
         rows = fcomm.all_to_all(rows, g, backend, split_dim=k, concat_dim=k)
@@ -251,15 +260,15 @@ def ppermute(x: Tree, group: Groups, backend: Backend, perm: Iterable[tuple[int,
     Over several groups every rank receives all x, and keeps that of its source.
     """
     try:
-        pairs = [(int(source), int(destination)) for source, destination in perm]
+        pairs = [(source, destination) for source, destination in perm]
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"ppermute: perm is {perm!r}; pass (source, destination) pairs") from error
     groups = _some_groups("ppermute", group)
     if len(groups) == 1:
         return _map(lambda v: fcomm.ppermute(_array(v), groups[0], backend, perm=pairs), x)
     n = axis_size(groups, backend)
-    checks.canonical_perm("ppermute", pairs, Group(" and ".join(g.name for g in groups), tuple(range(n)), None, True))
-    sources = {destination: source for source, destination in pairs}
+    flat = checks.canonical_perm("ppermute", pairs, _joint(groups))
+    sources = dict(zip(flat[1::2], flat[::2], strict=True))
     source_of = torch.tensor([sources.get(r, n) for r in range(n)])  # row n is zeros
 
     def leaf(v: Any) -> Tensor:
@@ -286,10 +295,12 @@ def pswapaxes(x: Tree, group: Groups, backend: Backend, axis: int, *, axis_index
 
 def pbroadcast(x: Tree, group: Groups, backend: Backend, source: int) -> Tree:
     """Every rank gets x of rank source."""
+    groups = _some_groups("pbroadcast", group)
+    rank = checks.rank_in_group("pbroadcast", "source", source, _joint(groups))
 
     def leaf(v: Any) -> Tensor:
-        v, rest = _array(v), source
-        first, *others = _some_groups("pbroadcast", group)
+        v, rest = _array(v), rank
+        first, *others = groups
         for g in reversed(others):
             rest, src = divmod(rest, g.size)
             v = fcomm.broadcast(v, g, backend, src=src)
@@ -354,6 +365,23 @@ def _some_groups(name: str, group: Groups) -> tuple[Group, ...]:
     return groups
 
 
+def _joint(groups: tuple[Group, ...]) -> Group:
+    """What stands for several groups in checks of ranks."""
+    if len(groups) == 1:
+        return groups[0]
+    return Group(" and ".join(g.name for g in groups), tuple(range(math.prod([g.size for g in groups]))), None, True)
+
+
+def _check_rows(name: str, groups: tuple[Group, ...], x: Tensor, dim: int, tiled: bool) -> None:
+    """x.shape[dim] must be the number of ranks of all groups; tiled: a multiple of it."""
+    n = math.prod([g.size for g in groups])
+    if x.shape[dim] % n if tiled else x.shape[dim] != n:
+        raise ArgumentError(
+            f"{name}: x.shape[{dim}] is {x.shape[dim]}; the {n} ranks of groups {[g.name for g in groups]} need "
+            + (f"a multiple of {n}" if tiled else f"{n}, a row for each")
+        )
+
+
 def _array(v: Any) -> Tensor:
     return v if isinstance(v, Tensor) else torch.as_tensor(v)
 
@@ -396,7 +424,7 @@ def _size(name: str, group: Groups, backend: Backend, blocks: Blocks) -> int:
         return n
     _some_groups(name, group)
     lengths = {len(block) for block in blocks}
-    if sorted(int(r) for block in blocks for r in block) != list(range(n)) or 0 in lengths:
+    if sorted(checks.integer(r) for block in blocks for r in block) != list(range(n)) or 0 in lengths:
         raise ArgumentError(
             f"{name}: axis_index_groups is {blocks!r}; put each rank of 0 .. {n - 1} into one block, no block empty"
         )
@@ -421,14 +449,21 @@ def _of_block(name: str, x: Tensor, group: Groups, backend: Backend, blocks: Seq
     return _select(rows, 0, members)
 
 
+def _check_own(
+    name: str, x: Tensor, group: Groups, backend: Backend, blocks: Sequence[Sequence[int]], dim: int, tiled: bool
+) -> None:
+    """x must have a row of dim for each rank of a block; tiled: a part."""
+    n = _size(name, group, backend, blocks)
+    if x.shape[dim] % n if tiled else x.shape[dim] != n:
+        raise ArgumentError(f"{name}: an axis of length {x.shape[dim]} does not fit blocks of {n} ranks")
+
+
 def _own(
     name: str, x: Tensor, group: Groups, backend: Backend, blocks: Sequence[Sequence[int]], dim: int, tiled: bool
 ) -> Tensor:
     """This rank's row of dim; tiled: its part."""
     n = _size(name, group, backend, blocks)
     _, place = _block(name, group, backend, blocks)
-    if x.shape[dim] % n if tiled else x.shape[dim] != n:
-        raise ArgumentError(f"{name}: an axis of length {x.shape[dim]} does not fit blocks of {n} ranks")
     x = x.unflatten(dim, (n, x.shape[dim] // n)) if tiled else x
     return _select(x, dim, place).squeeze(dim)
 
