@@ -238,6 +238,10 @@ TRANSFORMS: dict[str, Transform] = {
         lambda f, x, ct, t: grad(_loss(vmap(f, in_dims=-1)))(torch.stack(_examples(x), -1)).movedim(-1, 0),
         lambda m, x, ct, t: _each(m.rows_x, grad(_loss(m.fn)), x),
     ),
+    "vmap of vjp": Transform(
+        lambda f, x, ct, t: vmap(lambda x, ct: _pull(f, x, ct), in_dims=(-1, None))(torch.stack(_examples(x), -1), ct),
+        lambda m, x, ct, t: _each(m.rows_x, lambda e: _pull(m.fn, e, ct), x),
+    ),
     "vmap of jvp": Transform(
         lambda f, x, ct, t: vmap(lambda x, t: _push(f, x, t), in_dims=(-1, None))(torch.stack(_examples(x), -1), t),
         lambda m, x, ct, t: _each(m.rows_y, lambda e: _push(m.fn, e, t), x),
