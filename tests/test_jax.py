@@ -49,9 +49,10 @@ class Program:
 
     @property
     def beyond_vmap(self) -> bool:
-        """Whether jax.vmap cannot do it: a ppermute that leaves a rank out, an all_to_all of a shared value."""
+        """Whether jax.vmap cannot do it: blocks of ranks, a partial ppermute, an all_to_all of a shared value."""
         partial = any(name == "ppermute" and len(args[0]) < self.size for name, _, args, _ in self.steps)
-        return partial or not {"all_to_all", "pswapaxes"}.isdisjoint(self.collectives)
+        blocks = any("axis_index_groups" in options for *_, options in self.steps)
+        return partial or blocks or not {"all_to_all", "pswapaxes"}.isdisjoint(self.collectives)
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------
@@ -132,7 +133,14 @@ COLLECTIVES: dict[str, Callable[..., Any]] = {
     "pswapaxes": _pswapaxes,
     "pbroadcast": _pbroadcast,
 }
+WITHOUT_BLOCKS = ("ppermute", "pshuffle", "pbroadcast")
 LOCAL = ("sin", "tanh", "scale", "add", "mul", "swapaxes", "flatten", "sum", "by rank", "constant", "tree")
+
+
+def _blocks(random: Random, n: int) -> list[list[int]]:
+    length = random.choice([k for k in range(1, n + 1) if n % k == 0])
+    ranks = random.sample(range(n), n)
+    return [ranks[k : k + length] for k in range(0, n, length)]
 
 
 def draw(random: Random) -> Program:
@@ -148,10 +156,12 @@ def draw(random: Random) -> Program:
         s = shapes[i]
         if random.random() < 0.55:
             name = random.choice(list(COLLECTIVES))
-            drawn = COLLECTIVES[name](random, s, n)
+            blocks = _blocks(random, n) if name not in WITHOUT_BLOCKS and random.random() < 0.25 else None
+            drawn = COLLECTIVES[name](random, s, len(blocks[0]) if blocks else n)
             if drawn is None or torch.Size(drawn[2]).numel() > 96:
                 continue
             args, options, result = drawn
+            options |= {"axis_index_groups": blocks} if blocks else {}
             steps.append((name, (i,), args, options))
         else:
             name = random.choice(LOCAL)
@@ -254,7 +264,7 @@ def with_jax(program: Program, x: Tensor, ct: Tensor, t: Tensor, use_shard_map: 
     def collective(name: str, x: Any, *args: Any, **options: Any) -> Any:
         if name in ("pmax", "pmin"):
             # jax.lax.pmax has no derivative; max over the gathered values has, and ties share it.
-            return getattr(jnp, name[1:])(jax.lax.all_gather(x, "i"), axis=0)
+            return getattr(jnp, name[1:])(jax.lax.all_gather(x, "i", **options), axis=0)
         if name == "pbroadcast":
             # Not lowered on CPU; this is its definition in JAX's documentation.
             return jax.lax.psum(jnp.where(jax.lax.axis_index("i") == args[0], x, jnp.zeros_like(x)), "i")
