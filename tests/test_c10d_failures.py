@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,11 @@ def ends_first(world: Group) -> list[str]:
     """Rank 0 comes late and ends at once, while rank 1 is held up between its looks at the call and at the others."""
     store, look = live(world).store, processgroup._look_around
 
-    def late(on: processgroup.Communicator, deadline: float) -> None:
+    def late(on: processgroup.Communicator, deadline: float, needed: Sequence[str]) -> None:
         store.set("waits", "")
         while not processes.ended(on.peers) and time.monotonic() < deadline:
             time.sleep(0.01)
-        look(on, deadline)
+        look(on, deadline, needed)
 
     fcomm.barrier(world, fcomm.c10d)
     if world.rank == 1:
@@ -197,6 +198,96 @@ def test_ranks_in_different_calls_are_told_at_the_deadline() -> None:
             "make them call the same"
         )
         assert result["seconds"] < 20
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def chain(world: Group, folder: str) -> None:
+    """Rank 0 waits for rank 1, and that for rank 2, which is killed."""
+    fcomm.barrier(world, fcomm.c10d)
+    if world.rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    got = outcome(lambda: fcomm.recv(X, world, fcomm.c10d, src=(world.rank or 0) + 1))
+    (Path(folder) / f"{world.rank}.json").write_text(json.dumps(got))
+    tell(world, world.rank)
+    wait_for_word(world, 0)  # rank 1 lives on, or its end would be what rank 0 sees
+
+
+def test_a_death_ends_the_receives_that_wait_for_other_ranks(tmp_path: Path) -> None:
+    with pytest.raises(FcommError, match="killed by SIGKILL"):
+        run_ranks(chain, 3, str(tmp_path), timeout_s=60)
+    for rank in (0, 1):
+        got = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert (got["kind"], got["culprits"]) == ("PeerDiedError", [2]), got
+        assert got["seconds"] < 20, got  # the deadline is 45 s
+
+
+def one_ends(world: Group) -> list[str]:
+    """Rank 2 ends after its last call, while rank 0 waits for rank 1."""
+    fcomm.barrier(world, fcomm.c10d)
+    if world.rank == 1:
+        while not processes.ended(live(world).identities):
+            time.sleep(0.01)
+        time.sleep(0.6)
+        fcomm.send(X, world, fcomm.c10d, dst=0)
+    elif world.rank == 0:
+        return [] if fcomm.recv(X, world, fcomm.c10d, src=1).tolist() == X.tolist() else ["wrong"]
+    return []
+
+
+def test_a_receive_needs_its_sender_alone() -> None:
+    run_ranks(one_ends, 3)
+
+
+def interrupted(world: Group) -> list[str]:
+    failures = []
+    waits = {"recv": lambda g: fcomm.recv(X, g, fcomm.c10d), "scan": lambda g: fcomm.scan(X, g, fcomm.c10d)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
+    for name, call in waits.items():
+        team = fcomm.subgroup(world, range(2), name=name, timeout_s=40)
+        fcomm.barrier(team, fcomm.c10d)
+        if world.rank == 1 and name == "scan":
+            wait_for_word(world, name)
+        elif world.rank == 0:
+            threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()
+        began = time.monotonic()
+        try:
+            got = outcome(lambda call=call, team=team: call(team))
+        except KeyboardInterrupt:
+            got = {"kind": "KeyboardInterrupt", "seconds": time.monotonic() - began}
+            tell(world, name)
+        good = got["kind"] == ("PeerDiedError" if world.rank else "KeyboardInterrupt") and got["seconds"] < 15
+        told = not world.rank or (got["culprits"] == [0] and "rank 0 left it in the middle (Keyb" in got["text"])
+        failures += [] if good and told else [f"{name}: {got}"]
+        later = outcome(lambda team=team: fcomm.all_reduce(X, team, fcomm.c10d))
+        if later["kind"] != "GroupPoisonedError" or "left it in the middle" not in later["text"]:
+            failures.append(f"{name}, later: {later}")
+        fcomm.close(team)
+    return failures
+
+
+def test_ctrl_c_ends_a_call_and_the_others_are_told() -> None:
+    run_ranks(interrupted, 2, timeout_s=60)
+
+
+def lets_go(world: Group) -> list[str]:
+    for _ in range(3):
+        if world.rank == 0:
+            fcomm.send(X, world, fcomm.c10d, dst=1)
+        else:
+            fcomm.recv(X, world, fcomm.c10d, src=0)
+    fcomm.barrier(world, fcomm.c10d)
+    sending, deadline = processgroup.communicator(world, "cpu").sending, time.monotonic() + 20
+    while not all(processgroup._is_sent(work) for work, _ in sending):
+        if time.monotonic() > deadline:
+            return [f"{len(sending)} messages are taken and not let go"]
+        time.sleep(0.01)
+    return []
+
+
+def test_a_message_that_was_taken_is_let_go() -> None:
+    run_ranks(lets_go, 2)
 
 
 # --- sizes that differ, always found ------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 _SLICE_S = 0.25  # how often a rank that waits looks whether another one has failed
 _SLICE = timedelta(seconds=_SLICE_S)
+_FOREVER = timedelta(days=365)
 _ACCOUNT_S = 1.0  # how long ranks collect each other's reports
 _STORE_S = 3.0  # a store that answers later is taken for gone
 
@@ -59,7 +60,7 @@ _STARTING = threading.Lock()  # of workers; not the edge's lock, which its worke
 
 @dataclass
 class Edge:
-    """From one rank to another: a process group of the two, made by its first message, and the sender's thread."""
+    """From one rank to another: the thread that waits for the messages; a process group of the two, where directed."""
 
     pg: Any = None
     worker: Worker | None = None
@@ -73,7 +74,7 @@ class Communicator:
     owned: made here, and not the caller's.
     check: every call is compared over the ranks before it is made (FCOMM_CHECK=1).
     peers: the ranks' identities, as in fcomm/processes.py.
-    directed: send and recv use edges. calls, name: how many calls were made, and the collective of the last.
+    directed: each edge has a process group. calls, name: how many calls were made, and the collective of the last.
     asked: whether another rank has failed, while the store, whose server may be stopped, has not answered.
     sending: the sends that may still be on their way, or futures of them, with the tensors they read.
     """
@@ -126,11 +127,20 @@ def calling(name: str, group: Group, device: str) -> Iterator[Communicator]:
             )
         on.calls += 1
         on.name = name
-        yield on
+        try:
+            yield on
+        except FcommError:
+            raise
+        except BaseException as error:
+            _leave(on, error)
+            raise
 
 
-def call(on: Communicator, start: Callable[[Any], Any]) -> None:
-    """Start a torch.distributed call and wait for it; its errors become this package's."""
+def call(on: Communicator, start: Callable[[Any], Any], wait_apart: Callable[[Any], Future[Any]] | None = None) -> None:
+    """Start a torch.distributed call and wait for it; its errors become this package's.
+
+    wait_apart: waits for what was started in another thread, where it cannot be waited for in slices.
+    """
     deadline = time.monotonic() + on.live.timeout_s
     work = None
     try:
@@ -138,38 +148,38 @@ def call(on: Communicator, start: Callable[[Any], Any]) -> None:
         if on.device != "cpu":
             work.wait()  # orders the current stream after it; the deadline is the process group's
             return
-        if on.name == "recv":
-            # One wait for all: gloo breaks the connection where a wait for a message ends early.
-            work.wait(timedelta(seconds=on.live.timeout_s))
-            return
-        while not _is_done(work):
+        waited = work if wait_apart is None else wait_apart(work)
+        while not _is_done(waited):
             try:
-                _look_around(on, deadline)
+                # gloo tells of the end of a message's sender, and that of another rank is none of its concern.
+                _look_around(on, deadline, on.peers if wait_apart is None else ())
             except RuntimeError:
                 # Since the look at the call another rank may have come, done its part of it, its last call, and ended.
-                if _is_done(work):
+                if _is_done(waited):
                     return
                 raise
-    except RuntimeError as error:
+    except BaseException as error:
         if on.owned and work is not None and not work.is_completed():
             # Its destructor waits for the call, which nothing can cancel.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(on.pg))
-        raise _fail(on, error) from error
+        if isinstance(error, RuntimeError):
+            raise _fail(on, error) from error
+        raise
 
 
 def send_later(on: Communicator, x: Tensor, dst: int, tag: int) -> None:
     """Start a send and do not wait for it; x must not be written any more."""
     try:
         on.sending = [(work, sent) for work, sent in on.sending if not _is_sent(work)]
-        if not on.directed:
-            on.sending.append((on.pg.send([x], dst, tag), x))
-            return
-        edge = on.edges.setdefault((on.rank, dst), Edge())
-        with _STARTING:
-            edge.worker = edge.worker or start_worker()
-        # In its thread: until the receiver comes, even the process group is not there.
-        sent = submit_behind(edge.worker, x, lambda: _opened(on, on.rank, dst).send([x], 1, tag))
-        on.sending.append((sent, x))
+        if on.directed:
+            # In its thread: until the receiver comes, even the process group is not there.
+            worker = _worker(on, on.rank, dst)
+            work = submit_behind(worker, x, lambda: _opened(on, on.rank, dst).send([x], 1, tag))
+        else:
+            work = on.pg.send([x], dst, tag)
+            if on.device == "cpu":
+                work = _wait_apart(on, work, x, on.rank, dst)
+        on.sending.append((work, x))
     except RuntimeError as error:
         raise _fail(on, error) from error
 
@@ -179,7 +189,7 @@ def receive(on: Communicator, y: Tensor, src: int, tag: int) -> None:
     if on.directed:
         call(on, lambda _: _opened(on, src, on.rank).recv([y], 0, tag))
     else:
-        call(on, lambda pg: pg.recv([y], src, tag))
+        call(on, lambda pg: pg.recv([y], src, tag), lambda work: _wait_apart(on, work, y, src, on.rank))
 
 
 def _opened(on: Communicator, src: int, dst: int) -> Any:
@@ -193,9 +203,30 @@ def _opened(on: Communicator, src: int, dst: int) -> Any:
     return edge.pg
 
 
+def _worker(on: Communicator, src: int, dst: int) -> Worker:
+    edge = on.edges.setdefault((src, dst), Edge())
+    with _STARTING:
+        edge.worker = edge.worker or start_worker()
+    return edge.worker
+
+
+def _wait_apart(on: Communicator, work: Any, x: Tensor, src: int, dst: int) -> Future[Any]:
+    """Wait for a message of gloo in the edge's thread, which keeps its tensor as long as gloo may use it.
+
+    gloo breaks the connection where a wait for a message ends early, and says to nobody else that one is sent.
+    """
+    worker = _worker(on, src, dst)
+    limit = _FOREVER if worker.started else timedelta(seconds=on.live.timeout_s)
+
+    def task(_: Tensor = x) -> None:
+        work.wait(limit)
+
+    return worker.submit(task)
+
+
 def _is_sent(work: Any) -> bool:
     if isinstance(work, Future):
-        return work.done() and _is_sent(work.result())
+        return work.done() and (work.result() is None or _is_sent(work.result()))
     return bool(work.is_completed())
 
 
@@ -206,7 +237,12 @@ def _fail(on: Communicator, error: Exception) -> FcommError:
 
 def _is_done(work: Any) -> bool:
     try:
-        work.wait(_SLICE)
+        if isinstance(work, Future):
+            if not wait([work], _SLICE_S).done:
+                return False
+            work.result()
+        else:
+            work.wait(_SLICE)
         return True
     except RuntimeError as error:
         # "Operation timed out!" is the slice's; gloo's own timeouts name the operation.
@@ -239,6 +275,7 @@ def _open(group: Group, device: str) -> Communicator:
     except RuntimeError as error:
         raise error if isinstance(error, FcommError) else _account(on, error) from error
     except OSError as error:  # of this process alone, as a lack of descriptors
+        _leave(on, error)
         raise BackendError(
             f"c10d: group '{group.name}' of size {on.size} cannot be opened on rank {on.rank}: {error}",
             group=group.name,
@@ -334,7 +371,8 @@ def _close(on: Communicator) -> None:
     with suppress(RuntimeError, TimeoutError):
         for work, _ in on.sending:
             started = work.result(on.live.timeout_s) if isinstance(work, Future) else work
-            started.wait(timedelta(seconds=on.live.timeout_s))
+            if started is not None:
+                started.wait(timedelta(seconds=on.live.timeout_s))
     for edge in on.edges.values():
         if edge.worker is not None:
             edge.worker.stop()
@@ -347,17 +385,32 @@ def _close(on: Communicator) -> None:
 # --- the account --------------------------------------------------------------------------------------------------
 
 
-def _look_around(on: Communicator, deadline: float) -> None:
-    """Raise if the deadline has passed, another rank has failed, or one is gone."""
+def _look_around(on: Communicator, deadline: float, needed: Sequence[str]) -> None:
+    """Raise if the deadline has passed, another rank has failed, or one of those needed is gone."""
     if time.monotonic() > deadline:
         raise RuntimeError(f"Timed out after {on.live.timeout_s} s")
-    if processes.ended(on.peers):
+    if processes.ended(needed):
         raise RuntimeError("Connection lost")
-    on.asked = on.asked or apart(lambda: on.store.check(["failed"]))
-    if wait([on.asked], _SLICE_S).done:
-        said, on.asked = on.asked, None
-        if said.result():
+    asked = on.asked = on.asked or apart(lambda: on.store.check(["failed"]))
+    if wait([asked], _SLICE_S).done:
+        on.asked = None
+        if asked.result():
             raise RuntimeError("another rank failed")
+
+
+def _leave(on: Communicator, error: BaseException) -> None:
+    """The program leaves a call in the middle, as by Ctrl-C: its next one would meet the others' rest of this one."""
+    why = type(error).__name__ + (f": {str(error)[:200]}" if str(error) else "")
+    verdict = _write(PeerDiedError, [on.rank], f"rank {on.rank} left it in the middle ({why}); look at the log there")
+
+    def tell() -> str:
+        stands = on.store.compare_set("verdict", "", verdict).decode(errors="replace")
+        on.store.set("failed", "")
+        return stands
+
+    with suppress(RuntimeError):
+        verdict = answer(apart(tell), _STORE_S)
+    on.failure = on.failure or _error(on, verdict)
 
 
 def _account(on: Communicator, error: Exception) -> FcommError:
