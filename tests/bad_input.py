@@ -23,10 +23,13 @@ def nested() -> Tensor:
     return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 
 
-NESTED: dict[str, Any] = {
+# How each collective is given a tensor that none takes.
+WITH: dict[str, Any] = {
     **{name: getattr(fcomm, name) for name in (
         "all_reduce", "all_reduce_invariant", "scan", "reduce", "broadcast", "pvary", "shard", "gather", "scatter",
         "all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all", "send",
+    )},
+    **{name: lambda x, g, b, name=name: getattr(fcomm, name)([X, x], g, b) for name in (
         "all_reduce_coalesced", "all_gather_coalesced", "reduce_scatter_coalesced",
     )},
     "ppermute": lambda x, g, b: fcomm.ppermute(x, g, b, perm=[(0, 1)]),
@@ -34,9 +37,6 @@ NESTED: dict[str, Any] = {
     "recv": lambda x, g, b: fcomm.recv(x, g, b, after=X),
     "ragged_all_to_all": lambda x, g, b: fcomm.ragged_all_to_all(x, x, INTS, INTS, INTS, INTS, g, b),
 }  # fmt: skip
-NESTED |= {
-    name: lambda x, g, b, call=NESTED[name]: call([X, x], g, b) for name in NESTED if name.endswith("_coalesced")
-}
 
 
 # Texts name function, argument, value, group and remedy. The group is 'world' of size 2; on the simulated axis of that
@@ -386,7 +386,7 @@ BAD: list[tuple[Call, type[Exception], str]] = [
             f"{name}: x is a nested tensor, whose rows have lengths of their own; pass its rows, x.unbind(), to the "
             "coalesced collectives, or torch.nested.to_padded_tensor(x, 0.0)",
         )
-        for name, call in NESTED.items()
+        for name, call in WITH.items()
     ],
     (
         lambda g, b: fcomm.all_reduce(X.to("meta"), g, b),
