@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from deadlines import tell, wait_for_word
 from torch import Tensor
 
 import fcomm
@@ -41,6 +42,39 @@ def test_a_like_of_another_shape_is_a_mismatch_also_where_the_token_carries_the_
             with pytest.raises(fcomm.MismatchError, match=r"is torch.float32 \(2,\), like is torch.float"):
                 call(torch.ones(2, 2) if group is axis else torch.ones(2))
     fcomm.close(alone)
+
+
+# --- in line while its sender waits for its receiver elsewhere --------------------------------------------------------
+
+
+def _elsewhere(world: fcomm.Group, backend: str, closes: bool) -> list[str]:
+    on, x = getattr(fcomm, backend), torch.arange(2.0**18)
+    edge, other = (fcomm.subgroup(world, range(2), name=name, timeout_s=20) for name in ("edge", "other"))
+    for group in (edge, other):
+        fcomm.barrier(group, on)
+    y = x
+    if world.rank == 0:
+        fcomm.send(x, edge, on, dst=1)
+        if closes:
+            fcomm.send(x, other, on, dst=1)
+        tell(world, "sent")  # it does not fit into a ring, and nobody receives it yet
+    else:
+        wait_for_word(world, "sent")
+        y = fcomm.recv(x, edge, on, src=0)
+        if closes:
+            y = y + fcomm.recv(x, other, on, src=0) - x
+    if closes:
+        fcomm.close(other)
+    else:
+        fcomm.barrier(other, on)
+    fcomm.barrier(edge, on)
+    return [] if torch.equal(x, y) else ["wrong"]
+
+
+@pytest.mark.parametrize("closes", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "c10d"])
+def test_a_message_moves_on_while_its_sender_is_in_another_group(backend: str, closes: bool) -> None:
+    run_ranks(_elsewhere, 2, backend, closes, timeout_s=60)
 
 
 # --- changed in place: the rules read no data, so what is sent, received and given as like is the caller's again ------

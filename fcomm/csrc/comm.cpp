@@ -123,9 +123,9 @@ fcomm_status wait_slowly(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std
   const std::uint32_t round = among == Among::kAll ? target : c.round;  // a ring counts pieces, not rounds
   const std::int64_t start = now_ns();
   std::int64_t slice = kFirstSlice;
-  if (!c.pending_count) yield_awhile(c, word, target);
+  if (!in_line()) yield_awhile(c, word, target);
   for (;;) {
-    const bool busy = c.pending_count && progress(c);
+    const bool busy = in_line() && progress(c);
     if (reached(word.load(std::memory_order_acquire), target)) return FCOMM_OK;
     if (const fcomm_status s = look_for_poison(c)) return s;
     if (const fcomm_status s = look_for_the_dead(c, peer, word, target, among, round)) return s;
@@ -201,6 +201,7 @@ void hand_out(fcomm_comm &c) {
       nanosleep(&nap, nullptr);
     }
     c.pending_count -= int(line.size());
+    count_in_line(-int(line.size()));
     for (const Message &m : line) fcomm_pool_return(const_cast<char *>(m.data));
     line.clear();
   }
@@ -293,7 +294,7 @@ Call::Call(fcomm_comm *c) : status(FCOMM_OK) {
     status = FCOMM_CLOSED;
   else if (c->broken)
     status = FCOMM_POISONED;
-  else if ((status = look_for_poison(*c)) == FCOMM_OK && c->pending_count)
+  else if ((status = look_for_poison(*c)) == FCOMM_OK && in_line())
     progress(*c);
 }
 
@@ -369,6 +370,7 @@ fcomm_status fcomm_attach(void *region, int rank, int size, const int *life_fds,
   char *own = c->base + layout.slots() + std::size_t(rank) * kSlotsBytes;
   if (madvise(own, kSlotsBytes, MADV_POPULATE_WRITE) && errno != EINVAL) return FCOMM_SYSTEM;
   c->control(rank).pid = getpid();
+  enlist(*c);
   *comm = c.release();
   return FCOMM_OK;
 }
@@ -402,6 +404,7 @@ fcomm_status fcomm_close(fcomm_comm *comm) {
   if (c.closed) return FCOMM_OK;
   c.control(c.rank).left.store(kLeaving, std::memory_order_release);
   hand_out(c);
+  delist(c);
   c.closed = true;
   c.control(c.rank).left.store(kGone, std::memory_order_release);
   wake(c.control(c.rank).round);  // sleepers look around and find us gone

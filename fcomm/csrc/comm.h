@@ -140,8 +140,16 @@ fcomm_status next_round(fcomm_comm &c);
 fcomm_status look_for_poison(fcomm_comm &c);
 fcomm_status poison(fcomm_comm &c, fcomm_status reason, int culprit, std::uint32_t round);
 
-// Move buffered messages on; true while some are left.
+// Move buffered messages on, of c, whose lock the caller holds, and of every other communicator of this process that no
+// other thread is in: a rank that waits on one group may be waited for on another. True while some are left.
 bool progress(fcomm_comm &c);
+// Whether any communicator of this process may have some.
+bool in_line();
+void count_in_line(int more);
+
+// The communicators of this process, from being attached until closed.
+void enlist(fcomm_comm &c);
+void delist(fcomm_comm &c);
 
 // Copy into a slot of our own, ready to be published.
 void copy_in(fcomm_comm &c, char *to, const char *from, std::size_t nbytes);

@@ -1,10 +1,12 @@
 // send and recv: a ring of pieces for each ordered pair of ranks.
 //
 // send() never waits for a receiver that is not there, so any order of sends and receives that is right on paper runs.
-// What the ring has no room for is copied and waits in line; every later call on the communicator moves the line on.
+// What the ring has no room for is copied and waits in line; every later call on any communicator moves the line on.
+#include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -66,6 +68,29 @@ fcomm_status prepare(fcomm_comm &c, int to) {
   return FCOMM_OK;
 }
 
+// What waits in line moves on while its process waits, on whatever communicator.
+struct Lines {
+  std::mutex mutex;
+  std::vector<fcomm_comm *> comms;
+  std::atomic<int> messages{0};
+};
+
+// Never destroyed: communicators may be closed after the library's own statics.
+Lines *lines = new Lines;
+
+bool progress_own(fcomm_comm &c) {
+  for (int p = 0; p < c.size; ++p) {
+    auto &line = c.pending[std::size_t(p)];
+    while (!line.empty() && put(c, p, line.front())) {
+      fcomm_pool_return(const_cast<char *>(line.front().data));
+      line.pop_front();
+      --c.pending_count;
+      count_in_line(-1);
+    }
+  }
+  return c.pending_count > 0;
+}
+
 bool same(const fcomm_signature &a, const fcomm_signature &b) {
   return a.dtype == b.dtype && a.ndim == b.ndim && a.ndim >= 0 && a.ndim <= FCOMM_MAX_DIMS &&
          std::memcmp(a.dims, b.dims, std::size_t(a.ndim) * sizeof a.dims[0]) == 0;
@@ -74,15 +99,33 @@ bool same(const fcomm_signature &a, const fcomm_signature &b) {
 }  // namespace
 
 bool progress(fcomm_comm &c) {
-  for (int p = 0; p < c.size; ++p) {
-    auto &line = c.pending[std::size_t(p)];
-    while (!line.empty() && put(c, p, line.front())) {
-      fcomm_pool_return(const_cast<char *>(line.front().data));
-      line.pop_front();
-      --c.pending_count;
-    }
+  bool left = c.pending_count && progress_own(c);
+  const std::unique_lock listed(lines->mutex, std::try_to_lock);
+  if (!listed) return true;
+  for (fcomm_comm *other : lines->comms) {
+    if (other == &c) continue;
+    // Never waited for, so no order of locks matters: a thread that is inside moves its own line on.
+    const std::unique_lock lock(other->mutex, std::try_to_lock);
+    if (lock && !other->closed && !other->broken && other->pending_count) left = progress_own(*other) || left;
   }
-  return c.pending_count > 0;
+  return left;
+}
+
+bool in_line() { return lines->messages.load(std::memory_order_relaxed) > 0; }
+
+void count_in_line(int more) { lines->messages.fetch_add(more, std::memory_order_relaxed); }
+
+void enlist(fcomm_comm &c) {
+  // A forked child has communicators of its own, and another thread of the parent may have held the lock.
+  static const int once = pthread_atfork(nullptr, nullptr, [] { lines = new Lines; });
+  (void)once;
+  const std::unique_lock lock(lines->mutex);
+  lines->comms.push_back(&c);
+}
+
+void delist(fcomm_comm &c) {
+  const std::unique_lock lock(lines->mutex);
+  std::erase(lines->comms, &c);
 }
 
 }  // namespace fcomm
@@ -105,6 +148,7 @@ fcomm_status fcomm_send(const void *in, size_t nbytes, const fcomm_signature *si
   m.data = copied, m.begin = m.sent;
   line.push_back(m);
   ++c.pending_count;
+  count_in_line(1);
   return FCOMM_OK;
 }
 
@@ -135,7 +179,7 @@ fcomm_status fcomm_recv(void *out_, size_t nbytes, const fcomm_signature *signat
     if (s.nbytes) std::memcpy(out + s.at, p.data, s.nbytes);
     FCOMM_FAULT(c, "taken");
     ring.tail.store(++tail, std::memory_order_release);
-    if (c.pending_count) progress(c);
+    if (in_line()) progress(c);
   }
   ring.reading.store(0, std::memory_order_release);
   return status;

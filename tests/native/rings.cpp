@@ -69,6 +69,29 @@ void parting(fcomm_comm *c, int rank) {
   }
 }
 
+// A rank that waits in one group for a peer who waits for its message in another: it moves on meanwhile.
+void of_another_group(const std::vector<fcomm_comm *> &c, int rank, bool closes) {
+  doing = "waiting in one group with a message in line in another";
+  constexpr std::size_t kMuch = 1 << 20;
+  if (rank == 0) {
+    send(c[0], 0, 1, kMuch);
+    send(c[1], 0, 1, 1);
+    if (closes) {
+      send(c[1], 0, 1, kMuch);
+      CHECK(fcomm_close(c[1]) == FCOMM_OK);
+    } else {
+      CHECK(fcomm_barrier(0, c[1]) == FCOMM_OK);
+    }
+  } else {
+    receive(c[1], 0, 1, 1);  // by then nobody reads the other message, and it is in line
+    receive(c[0], 0, 1, kMuch);
+    if (closes)
+      receive(c[1], 0, 1, kMuch);
+    else
+      CHECK(fcomm_barrier(0, c[1]) == FCOMM_OK);
+  }
+}
+
 // Both leave much unreceived: neither waits for the other.
 void parting_unread(fcomm_comm *c, int rank) {
   doing = "closing with messages that nobody wants";
@@ -107,6 +130,8 @@ void rings_suite() {
   }
   as_threads({2}, parting);
   CHECK(as_processes({2}, parting).all_well());
+  for (const bool closes : {false, true})
+    as_threads_of_groups({2}, 2, [&](const std::vector<fcomm_comm *> &c, int rank) { of_another_group(c, rank, closes); });
   as_threads({2}, parting_unread);
   as_threads({2}, mismatched);
 }
