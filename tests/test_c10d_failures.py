@@ -162,12 +162,17 @@ def test_a_rank_that_ends_after_its_last_call_is_no_failure() -> None:
 
 def one_leaves(world: Group) -> list[Any]:
     team = fcomm.subgroup(world, range(2), name="team", timeout_s=20)
-    fcomm.all_reduce(X, team, fcomm.c10d)
+    fcomm.recv(X, team, fcomm.c10d, after=fcomm.send(X, team, fcomm.c10d))
     if world.rank == 1:
         fcomm.close(team)
         result = {}
     else:
         result = outcome(lambda: fcomm.all_reduce(X, team, fcomm.c10d))
+        fcomm.close(team)
+        deadline = time.monotonic() + 20
+        while any(t.name == "fcomm" for t in threading.enumerate()):  # those that waited for the messages
+            assert time.monotonic() < deadline, threading.enumerate()
+            time.sleep(0.01)
     fcomm.barrier(world, fcomm.c10d)
     return [result]
 

@@ -186,10 +186,11 @@ def send_later(on: Communicator, x: Tensor, dst: int, tag: int) -> None:
 
 def receive(on: Communicator, y: Tensor, src: int, tag: int) -> None:
     """Receive into y, contiguous."""
-    if on.directed:
-        call(on, lambda _: _opened(on, src, on.rank).recv([y], 0, tag))
-    else:
-        call(on, lambda pg: pg.recv([y], src, tag), lambda work: _wait_apart(on, work, y, src, on.rank))
+
+    def start(pg: Any) -> Any:
+        return _opened(on, src, on.rank).recv([y], 0, tag) if on.directed else pg.recv([y], src, tag)
+
+    call(on, start, lambda work: _wait_apart(on, work, y, src, on.rank))
 
 
 def _opened(on: Communicator, src: int, dst: int) -> Any:
@@ -366,6 +367,9 @@ def _on_loopback(peers: Sequence[str]) -> Iterator[None]:
 
 
 def _close(on: Communicator) -> None:
+    for edge in on.edges.values():
+        if edge.worker is not None:
+            edge.worker.stop()  # when its messages have been taken
     if on.failure is not None:
         return
     with suppress(RuntimeError, TimeoutError):
@@ -373,9 +377,6 @@ def _close(on: Communicator) -> None:
             started = work.result(on.live.timeout_s) if isinstance(work, Future) else work
             if started is not None:
                 started.wait(timedelta(seconds=on.live.timeout_s))
-    for edge in on.edges.values():
-        if edge.worker is not None:
-            edge.worker.stop()
     on.edges.clear()
     with suppress(RuntimeError):
         answer(apart(lambda: on.store.set(f"closed/{on.rank}", str(on.calls))), _STORE_S)
