@@ -124,8 +124,12 @@ def test_what_is_no_group_or_no_permutation_is_named_with_the_function() -> None
     ):
         with pytest.raises(TypeError, match=f"{name}: group is 'i'; pass a Group"):
             call()
-    for perm in (3, [1], [(0, "b")]):
-        with pytest.raises(ValueError, match=r"ppermute: perm is .*; pass \(source, destination\) pairs"):
+    for perm, text in (
+        (3, r"perm is 3; pass \(source, destination\) pairs"),
+        ([1], r"perm is \[1\]; pass \(source, destination\) pairs"),
+        ([(0, "b")], "a rank in perm is 'b'"),
+    ):
+        with pytest.raises(ValueError, match=f"ppermute: {text}"):
             lax.ppermute(x, fcomm.axis("i", 2), fcomm.sim, perm)
 
 

@@ -94,7 +94,7 @@ def test_the_watch_goes_on_past_a_group_that_opens_and_one_that_breaks(monkeypat
         looked.release()
 
     monkeypatch.setattr(later, "look_around", look_around)
-    monkeypatch.setattr(later, "give_up", lambda on, op, library, error, raised: gave_up.append((on, str(error))))
+    monkeypatch.setattr(later, "give_up", lambda on, op, library, error, among, heard: gave_up.append((on, str(error))))
     with opens.main.lock:  # as a call that waits for the other ranks
         for on in (opens, breaks, last):
             later.watch(on, "all_reduce", 0.0)
@@ -131,7 +131,9 @@ def test_without_its_store_a_rank_that_ended_fails_the_calls_that_need_it(monkey
             raise RuntimeError("Connection reset by peer")
 
     on = on_device(monkeypatch)()
-    owner: Any = SimpleNamespace(identities=["here/1/1", "here/2/2"], store=Lost())
+    owner: Any = SimpleNamespace(
+        identities=["here/1/1", "here/2/2"], ask=lambda call, *limits: call(Lost()), silent=False
+    )
     on.live, on.machine = owner, cast("Any", SimpleNamespace(name="nccl"))
     asked: list[str] = []
     monkeypatch.setattr(processes, "has_ended", lambda who: asked.append(who) or who == "here/1/1")
