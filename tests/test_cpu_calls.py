@@ -153,6 +153,11 @@ def check_graph(world: fcomm.Group) -> list[str]:
     # Equal calls may be one, unused ones may not be none.
     if rounds not in (eager_rounds, eager_rounds - 1):
         failures.append(f"{rounds} rounds in the graph, {eager_rounds} eager")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        compiled(x)
+    seen = {event.key: event.count for event in profile.key_averages() if event.key.startswith("fcomm::")}
+    if seen not in ({"fcomm::all_reduce": n, "fcomm::all_gather": 1} for n in (2, 3)):
+        failures.append(f"a profile of the graph shows {seen}")
     exported = torch.export.export(Module(program), (x,))
     called = [str(node.target) for node in exported.graph.nodes if "fcomm" in str(node.target)]
     if set(called) != {"fcomm.all_reduce.default", "fcomm.all_gather.default"}:
