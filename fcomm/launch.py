@@ -29,6 +29,8 @@ T = TypeVar("T")
 _GRACE_S = 2.0
 # The server process tells how a rank ended at once, but for when it gets no core.
 _STATUS_S = 10.0
+# What the process imports that ranks are forked from.
+_PRELOAD = ["fcomm.launch"]
 # Exit code of a rank that was started while it read the script that starts it.
 _UNGUARDED = 113
 # Errors that another rank's error brings about.
@@ -64,7 +66,7 @@ def run(fn: Callable[..., T], size: int, *args: Any, timeout_s: float = 120.0) -
     store, port = loopback_store(timeout_s)
     # A clean server process imports torch once and forks ranks in milliseconds; forking this one would copy threads.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["fcomm.launch"])
+    context.set_forkserver_preload(_PRELOAD)
     processes: list[ForkServerProcess] = []
     pipes: list[Connection] = []
     try:

@@ -18,6 +18,9 @@ from fcomm import launch
 CHECKED: set[Cell] = set()
 OUT = Path(__file__).parent.parent / "out"
 
+# Else each rank of each test that compiles imports it anew, which takes longer than most of them.
+launch._PRELOAD += ["torch._dynamo", "torch._inductor.compile_fx"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Build the doubles once and here: a rank that had to would keep others waiting, and take its test's time."""

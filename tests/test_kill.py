@@ -22,6 +22,7 @@ import vendors
 from deadlines import hasten
 
 import fcomm
+from fcomm import launch
 from fcomm.backends import shm_opening
 from fcomm.backends.pool import native
 from fcomm.bootstrap import loopback_store
@@ -97,7 +98,7 @@ def processes(
     size: int, root: Path, plan: dict[str, Any], main: Callable[..., None] = trial_main
 ) -> Iterator[list[Any]]:
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["fcomm.launch"])
+    context.set_forkserver_preload(launch._PRELOAD)
     started = [context.Process(target=main, args=(r, size, str(root), plan)) for r in range(size)]
     for process in started:
         process.start()
