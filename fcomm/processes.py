@@ -53,6 +53,19 @@ def named(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
 
 
+def described(identities: Sequence[str], ranks: Iterable[int]) -> str:
+    """Ranks with their processes in words."""
+    return ", ".join(f"rank {r} ({process(identities[r])})" for r in ranks)
+
+
+def why_silent(identities: Sequence[str]) -> tuple[list[int], str]:
+    """Why the group's store does not answer: the ranks that are stopped, and the cause in words."""
+    found = stopped(identities)
+    if found:
+        return found, f"{described(identities, found)} stopped"
+    return found, "the process that serves it may be stopped, or its host gone"
+
+
 @functools.cache
 def _host() -> str:
     try:

@@ -296,6 +296,8 @@ def late(world: fcomm.Group, port: int) -> str:
     for call in (lambda: pg.recv_obj(src=0), lambda: pg.send_obj(1, dst=0)):
         with pytest.raises(TimeoutError, match=r"_obj: the store of group .* did not answer within 0.3 s"):
             call()
+    with pytest.raises(TimeoutError, match=r"barrier: the store of group .* did not answer within 0.1 s"):
+        pg.barrier(timeout=0.1)
     store.set("done", "1")
     return str(caught.value)
 

@@ -79,10 +79,7 @@ def late(on: Team, op: str, where: str = "", *, silent: bool | None = None) -> C
     text = f"{op} passed its deadline of {on.live.timeout_s} s{where}"
     if not (on.live.silent if silent is None else silent):
         return CollectiveTimeoutError(text)
-    stopped = processes.stopped(on.live.identities)
-    cause = (
-        f"{_named(on, stopped)} stopped" if stopped else "the process that serves it may be stopped, or its host gone"
-    )
+    stopped, cause = processes.why_silent(on.live.identities)
     return CollectiveTimeoutError(f"{text}; the group's store does not answer: {cause}", culprits=stopped)
 
 
@@ -147,7 +144,7 @@ def _ended_by_now(on: Team) -> list[int]:
 
 
 def _named(on: Team, ranks: Iterable[int]) -> str:
-    return ", ".join(f"rank {r} ({processes.process(on.live.identities[r])})" for r in ranks)
+    return processes.described(on.live.identities, ranks)
 
 
 def _without_store(on: Team, error: dist.DistError) -> PeerDiedError:

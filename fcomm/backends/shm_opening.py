@@ -372,12 +372,11 @@ def _ask(owner: Live, call: Callable[[dist.Store], T], deadline: float) -> T:
     try:
         return owner.ask(call, max(0.0, deadline - time.monotonic()), lambda: _look_for_the_dead(owner))
     except NoAnswerError as error:
-        still = processes.stopped(owner.identities)
-        cause = f"{processes.named(still)} is stopped" if still else "the process that serves it may be stopped"
+        stopped, cause = processes.why_silent(owner.identities)
         raise RendezvousError(
             f"cpu: the store of group '{group.name}' of size {group.size} did not answer within {owner.timeout_s} s; "
             f"{cause}",
-            group=group.name, rank=group.rank, culprits=still,
+            group=group.name, rank=group.rank, culprits=stopped,
         ) from error  # fmt: skip
     except dist.DistError as error:
         time.sleep(_SLICE_S)  # a process that ends closes its sockets first

@@ -293,10 +293,10 @@ class StatelessProcessGroup:
 
     def _read(self, what: str, key: str, src: int, readers: int, timeout_s: float | None = None) -> Any:
         timeout_s = live(self.group).timeout_s if timeout_s is None else timeout_s
-        deadline, pause = time.monotonic() + timeout_s, 1e-3
+        began, pause = time.monotonic(), 1e-3
         # Polled: the store's client serves one call at a time, and other threads use it too.
-        while not self._ask(what, lambda store: store.check([key]), src, deadline):
-            if time.monotonic() > deadline:
+        while not self._ask(what, lambda store: store.check([key]), src, timeout_s, began):
+            if time.monotonic() > began + timeout_s:
                 raise CollectiveTimeoutError(
                     f"{what}: nothing arrived from rank {src} of group '{self.group.name}' within {timeout_s} s; "
                     "see what that rank is doing",
@@ -313,23 +313,27 @@ class StatelessProcessGroup:
                     store.delete_key(f"{key}/read")
             return frame
 
-        return decode(self._ask(what, take, src, deadline))
+        return decode(self._ask(what, take, src, timeout_s, began))
 
     def _ask(
-        self, what: str, call: Callable[[dist.Store], T], src: int | None = None, deadline: float | None = None
+        self,
+        what: str,
+        call: Callable[[dist.Store], T],
+        src: int | None = None,
+        timeout_s: float | None = None,
+        began: float | None = None,
     ) -> T:
-        """What the store answers, by the deadline, by default the group's; src: whose value is awaited."""
+        """What the store answers; timeout_s, by default the group's, counts from began. src: whose value is awaited."""
         owner = live(self.group)
-        deadline = time.monotonic() + owner.timeout_s if deadline is None else deadline
+        limit_s = owner.timeout_s if timeout_s is None else timeout_s
+        deadline = (time.monotonic() if began is None else began) + limit_s
         awaited = "" if src is None else f" while a value of rank {src} was awaited"
         try:
             return owner.ask(call, max(_LAST_S, deadline - time.monotonic()))
         except NoAnswerError as error:
-            stopped = processes.stopped(owner.identities)
-            cause = f"{processes.named(stopped)} stopped" if stopped else "the process that serves it may be stopped"
+            stopped, cause = processes.why_silent(owner.identities)
             raise CollectiveTimeoutError(
-                f"{what}: the store of group '{self.group.name}' did not answer within {owner.timeout_s} s{awaited}; "
-                f"{cause}, or its host gone",
+                f"{what}: the store of group '{self.group.name}' did not answer within {limit_s} s{awaited}; {cause}",
                 op=what, group=self.group.name, rank=self.rank, culprits=stopped,
             ) from error  # fmt: skip
         except dist.DistNetworkError as error:
