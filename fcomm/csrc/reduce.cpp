@@ -24,10 +24,11 @@ struct Arithmetic {
   void fold(Place a, Place b, const void *const *in, int n, std::size_t nbytes) const {
     std::size_t done = 0;
     const auto past = [](Place p) { return p.to && p.stream && reinterpret_cast<std::uintptr_t>(p.to) % 64 == 0; };
-    if (reduce_past && past(a) && !b.stream)
-      done = reduce_past(a.to, b.to, in, n, nbytes / width, divisor) * width;
-    else if (reduce_past && past(b) && !a.stream)
-      done = reduce_past(b.to, a.to, in, n, nbytes / width, divisor) * width;
+    const auto way = [&](Place first, Place second) { return past(first) && (!second.to || !second.stream || past(second)); };
+    if (reduce_past && way(a, b))
+      done = reduce_past(a.to, b.to, b.stream, in, n, nbytes / width, divisor) * width;
+    else if (reduce_past && way(b, a))
+      done = reduce_past(b.to, a.to, a.stream, in, n, nbytes / width, divisor) * width;
     // The other kernels store to one place in the ordinary way: what goes elsewhere is copied in blocks that the
     // first-level cache still holds.
     constexpr std::size_t kBlock = 16 << 10;
