@@ -52,31 +52,46 @@ struct SlotWriting {
 // Whether this rank and all others may write to one another's memory.
 enum class Permission { kUnknown, kNo, kYes };
 
-// Through slots or straight into the peers' results? Rank 0 times calls of one kind and size and decides for all: a few
-// of either way at first, then now and then one of the other.
-struct Ways {
-  bool direct = true;
-  unsigned calls = 0;
-  double lately_ns[2] = {0, 0};
+// How a large message goes: straight into the peers' results, through slots, or, a sum between two ranks, through slots
+// in one phase, see reduce.cpp.
+enum Way { kDirect, kSlots, kOnePhase, kWays };
 
-  bool next() {
-    constexpr unsigned kEvery = 32;
-    if (++calls <= kFirst) return calls & 1;
-    return calls % kEvery ? direct : !direct;
+// Rank 0 times calls of one kind and size and decides for all: a few of each way at first, then now and then a few of
+// another. A few, since one alone finds the caches as the other way has left them.
+struct Ways {
+  Way best = kDirect;
+  unsigned calls = 0;
+  Way last = kWays;   // of the call before
+  unsigned in_turn = 0;  // calls that went that way, one after another
+  double lately_ns[kWays] = {};
+
+  Way next(int n) {  // of the first n ways
+    constexpr unsigned kEvery = 128;
+    const unsigned call = calls++, first = unsigned(n) * kFew;
+    if (call < first) return Way(call / kFew);
+    const unsigned since = call - first, tried = since / kEvery;
+    if (since % kEvery < kEvery - kFew) return best;
+    return Way((unsigned(best) + 1 + tried % unsigned(n - 1)) % unsigned(n));
   }
-  void learn(bool way, double ns) {
-    constexpr unsigned kCold = 2;  // the first call of either way finds its pages absent
-    if (calls <= kCold) return;
+  void learn(Way way, double ns) {
+    constexpr unsigned kCold = 2;
+    in_turn = way == last ? in_turn + 1 : 1;
+    last = way;
+    if (in_turn <= kCold) return;
     double &lately = lately_ns[way];
-    if (lately == 0 || (calls <= kFirst && ns < lately))
+    if (in_turn == kCold + 1)
       lately = ns;
-    else if (calls > kFirst)
-      lately += (std::min(ns, 2 * lately) - lately) / 4;
-    direct = lately_ns[1] <= (direct ? 1.05 : 0.95) * lately_ns[0];
+    else if (in_turn <= kFew)
+      lately = std::min(lately, ns);
+    else
+      lately += (std::min(ns, 1.25 * lately) - lately) / 4;  // a rank that is stopped for once says nothing
+    if (in_turn < kFew) return;
+    for (int other = 0; other < kWays; ++other)
+      if (lately_ns[other] != 0 && (lately_ns[best] == 0 || lately_ns[other] < 0.95 * lately_ns[best])) best = Way(other);
   }
 
  private:
-  static constexpr unsigned kFirst = 12;
+  static constexpr unsigned kFew = 4;
 };
 
 }  // namespace fcomm
@@ -104,7 +119,7 @@ struct fcomm_comm {
   fcomm::Permission direct = fcomm::Permission::kUnknown;
   std::uint64_t greeting = 0;  // the peers read it, to see whether they can
   std::vector<char> folded;    // a share on its way to the peers' results
-  std::map<std::pair<int, int>, fcomm::Ways> ways;  // by kind of call and power of two
+  std::map<std::pair<int, int>, fcomm::Ways> ways;  // by what a call is and the power of two of its bytes
 
   fcomm::Header &header() const { return *reinterpret_cast<fcomm::Header *>(base); }
   fcomm::Control &control(int r) const {

@@ -14,8 +14,9 @@ namespace {
 constexpr int kSegments = 64;
 // The most of one system call: a peer's failure is looked for in between.
 constexpr std::size_t kMostBytes = 1 << 20;
-// What a rank offers whose result nobody writes to.
-constexpr std::uint64_t kNothing = 1;
+// What a rank offers whose result nobody writes to, and rank 0 if the call is to go through slots; all others are
+// addresses, or 0 for none.
+constexpr std::uint64_t kNothing = 1, kThroughSlots = 2, kInOnePhase = 3;
 
 iovec segment(char *at, std::size_t nbytes) { return {at, nbytes}; }
 
@@ -94,24 +95,29 @@ fcomm_status Direct::introduce(std::uint64_t fingerprint, bool &opened) {
   return FCOMM_OK;
 }
 
-fcomm_status Direct::agree(std::uint64_t fingerprint, Kind kind, std::size_t nbytes, bool could, bool receives,
-                           bool &opened) {
+fcomm_status Direct::agree(std::uint64_t fingerprint, int what, std::size_t nbytes, bool could, bool receives,
+                           bool &opened, int ways) {
   fcomm_comm &c = c_;
   if (!could || c.direct == Permission::kNo) return FCOMM_OK;
   if (c.direct == Permission::kUnknown) {
     if (const fcomm_status s = introduce(fingerprint, opened)) return s;
     if (c.direct == Permission::kNo) return FCOMM_OK;
   }
-  bool wanted = !receives || pool_holds(result_) || always();
+  const bool may = !receives || pool_holds(result_) || always();
+  std::uint64_t word = !may ? 0 : receives ? reinterpret_cast<std::uint64_t>(result_) : kNothing;
   if (c.rank == 0) {
-    ways_ = &c.ways[{int(kind), std::bit_width(nbytes)}];
-    wanted = wanted && (ways_->next() || always());
+    ways_ = &c.ways[{what, std::bit_width(nbytes)}];
+    const Way wanted = ways_->next(ways);
+    if (!always() && wanted != kDirect) word = wanted == kOnePhase ? kInOnePhase : kThroughSlots;
   }
-  offer(c, !wanted ? 0 : receives ? reinterpret_cast<std::uint64_t>(result_) : kNothing);
+  offer(c, word);
   if (const fcomm_status s = opened ? next_round(c) : open_round(c, fingerprint)) return s;
-  opened = asked_ = agreed_ = true;
+  opened = asked_ = true;
   round_ = c.round;
-  for (int p = 0; p < c.size; ++p) agreed_ = agreed_ && offered(c, p, round_);
+  const std::uint64_t first = offered(c, 0, round_);
+  bool all = first != kThroughSlots && first != kInOnePhase;
+  for (int p = 0; p < c.size; ++p) all = all && offered(c, p, round_);
+  way_ = all ? kDirect : first == kInOnePhase ? kOnePhase : kSlots;
   if (ways_) start_ = now_ns();
   return FCOMM_OK;
 }
@@ -141,10 +147,10 @@ fcomm_status Direct::write(int p, const Block &here, const Block &from) {
 }
 
 fcomm_status Direct::end(fcomm_status status) {
-  if (agreed_ && status) pool_abandon(result_);
+  if (agreed() && status) pool_abandon(result_);
   // Written results end with a round. Slots need none, but would look faster without.
-  if (asked_ && !agreed_ && !status) status = next_round(c_);
-  if (ways_ && !status) ways_->learn(agreed_, double(now_ns() - start_));
+  if (asked_ && !agreed() && !status) status = next_round(c_);
+  if (ways_ && !status) ways_->learn(way_, double(now_ns() - start_));
   return status;
 }
 

@@ -23,11 +23,14 @@ class Direct {
   static bool pays(std::size_t nbytes, std::size_t row_bytes);
 
   // The first round of a call of that fingerprint (and, once per communicator, two more, in which the ranks find out
-  // whether the kernel lets them): shall it go this way? kind, nbytes (of all that is moved) and whether the call could
-  // go this way at all follow from the fingerprint. receives: whether anybody writes to this rank. `opened`: rounds were
-  // made.
-  fcomm_status agree(std::uint64_t fingerprint, Kind kind, std::size_t nbytes, bool could, bool receives, bool &opened);
-  bool agreed() const { return agreed_; }
+  // whether the kernel lets them): which way shall it go? nbytes (of all that is moved), whether the call could go this
+  // way at all and how many ways there are follow from the fingerprint, as does `what`: calls alike in it and in size
+  // take times alike. receives: whether anybody writes to this rank. `opened`: rounds were made.
+  fcomm_status agree(std::uint64_t fingerprint, int what, std::size_t nbytes, bool could, bool receives, bool &opened,
+                     int ways = kOnePhase);
+  bool asked() const { return asked_; }
+  Way way() const { return way_; }
+  bool agreed() const { return way_ == kDirect; }
 
   // The bytes of `from`, in order, into the part of rank p's result that lies where `here` does in ours.
   fcomm_status write(int p, const Block &here, const Block &from);
@@ -40,7 +43,8 @@ class Direct {
 
   fcomm_comm &c_;
   char *const result_;
-  bool asked_ = false, agreed_ = false;
+  bool asked_ = false;
+  Way way_ = kSlots;
   std::uint32_t round_ = 0;  // in which the results were offered
   Ways *ways_ = nullptr;     // on rank 0
   std::int64_t start_ = 0;

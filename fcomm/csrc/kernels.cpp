@@ -72,7 +72,7 @@ constexpr Kernels make() {
   Kernels t = avx2::table;
   t.name = "avx512";
   bf16_row(t.reduce[FCOMM_BFLOAT16]);
-  past_row<Bf16Line>(t.reduce_past[FCOMM_BFLOAT16]);
+  past_row<Bf16Vector>(t.reduce_past[FCOMM_BFLOAT16]);
   return t;
 }
 constexpr Kernels table = make();

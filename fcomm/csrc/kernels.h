@@ -12,9 +12,9 @@ namespace fcomm {
 using Reduce = void (*)(void *out, const void *const *in, int n, std::size_t count, int divisor);
 
 // The same of whole lines, to one or two places at once, which begin with a line: past the caches, and, if `second` is not
-// null, there in either way. n >= 2. Returns how many elements that were; what is left is less than a line.
+// null, there in either way. n >= 2. Returns how many bytes that were; what is left is less than a line.
 using ReducePast = std::size_t (*)(void *past, void *second, bool second_past, const void *const *in, int n,
-                                   std::size_t count, int divisor);
+                                   std::size_t nbytes, int divisor);
 
 struct Kernels {
   const char *name;

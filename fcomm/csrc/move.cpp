@@ -77,7 +77,7 @@ fcomm_status exchange(fcomm_comm &c, std::uint64_t print, const Blocks &sent, co
   const bool could = agreed ? agreed->contiguous && Direct::pays(most, most)
                             : Direct::pays(most, std::min(sent.row(), received.row()));
   const bool receives = received.total() > received[c.rank].nbytes();
-  if (const fcomm_status s = direct.agree(print, Kind::kAllToAll, sent.total(), could, receives, opened)) return s;
+  if (const fcomm_status s = direct.agree(print, int(Kind::kAllToAll), sent.total(), could, receives, opened)) return s;
   if (direct.agreed()) {
     const auto here = [&](int p) {
       return agreed ? contiguous(static_cast<char *>(out) + agreed->at[p], sent[p].nbytes()) : received[c.rank];
@@ -122,7 +122,7 @@ fcomm_status collect(fcomm_comm &c, std::uint64_t print, const void *in, void *o
   Direct direct(c, out);
   const Kind kind = root < 0 ? Kind::kAllGather : Kind::kGather;
   const bool could = Direct::pays(received.most(), received.row());
-  if (const fcomm_status s = direct.agree(print, kind, received.total(), could, receives, opened)) return s;
+  if (const fcomm_status s = direct.agree(print, int(kind), received.total(), could, receives, opened)) return s;
   if (direct.agreed()) {
     // To a rank that receives nothing goes nothing.
     const auto from = [&](int p) { return root < 0 || root == p ? own : contiguous(in, 0); };
@@ -163,7 +163,7 @@ fcomm_status pass_on(fcomm_comm &c, std::uint64_t print, Kind kind, const void *
   bool opened = false;
   Direct direct(c, out);
   const bool could = kind == Kind::kPermute && Direct::pays(nbytes, nbytes);
-  if (const fcomm_status s = direct.agree(print, kind, nbytes, could, receives, opened)) return s;
+  if (const fcomm_status s = direct.agree(print, int(kind), nbytes, could, receives, opened)) return s;
   if (direct.agreed()) {
     const Block whole = contiguous(out, nbytes);
     if (destination != -1 && destination != c.rank)
@@ -224,7 +224,7 @@ fcomm_status fcomm_scatter(const void *in, fcomm_blocks matrix, void *out, int r
   bool opened = false;
   Direct direct(c, out);
   const bool could = Direct::pays(sent.most(), sent.row());
-  if (const fcomm_status s = direct.agree(print, Kind::kScatter, sent.total(), could, c.rank != root, opened)) return s;
+  if (const fcomm_status s = direct.agree(print, int(Kind::kScatter), sent.total(), could, c.rank != root, opened)) return s;
   if (direct.agreed()) {
     if (c.rank != root) return direct.end(next_round(c));
     const auto here = [&](int p) { return contiguous(out, sent[p].nbytes()); };

@@ -11,7 +11,7 @@ struct Arithmetic {
   Reduce reduce;
   ReducePast reduce_past;  // may be null
   std::size_t width;       // bytes of an element
-  int divisor;
+  int dtype, divisor;
 
   void fold(char *out, const void *const *in, int n, std::size_t nbytes) const {
     reduce(out, in, n, nbytes / width, divisor);
@@ -26,9 +26,9 @@ struct Arithmetic {
     const auto past = [](Place p) { return p.to && p.stream && reinterpret_cast<std::uintptr_t>(p.to) % 64 == 0; };
     const auto way = [&](Place first, Place second) { return past(first) && (!second.to || !second.stream || past(second)); };
     if (reduce_past && way(a, b))
-      done = reduce_past(a.to, b.to, b.stream, in, n, nbytes / width, divisor) * width;
+      done = reduce_past(a.to, b.to, b.stream, in, n, nbytes, divisor);
     else if (reduce_past && way(b, a))
-      done = reduce_past(b.to, a.to, a.stream, in, n, nbytes / width, divisor) * width;
+      done = reduce_past(b.to, a.to, a.stream, in, n, nbytes, divisor);
     // The other kernels store to one place in the ordinary way: what goes elsewhere is copied in blocks that the
     // first-level cache still holds.
     constexpr std::size_t kBlock = 16 << 10;
@@ -47,7 +47,7 @@ struct Arithmetic {
 
 bool arithmetic(Arithmetic &a, const fcomm_comm &c, int dtype, int op) {
   if (dtype < 0 || dtype >= FCOMM_DTYPES || op < 0 || op >= FCOMM_OPS) return false;
-  a = {kernels().reduce[dtype][op], kernels().reduce_past[dtype][op], dtype_bytes(dtype), c.size};
+  a = {kernels().reduce[dtype][op], kernels().reduce_past[dtype][op], dtype_bytes(dtype), dtype, c.size};
   return a.reduce != nullptr;
 }
 
@@ -159,16 +159,18 @@ fcomm_status all_reduce(fcomm_comm &c, std::uint64_t print, const void *in_, voi
                         const Arithmetic &a, Kind kind) {
   const char *in = static_cast<const char *>(in_);
   char *out = static_cast<char *>(out_);
-  // One phase reads size * nbytes, two read twice nbytes and wait once more. Between two ranks the second phase pays only
-  // when the message comes from memory, and reading one's own half of it twice would cost more than waiting.
+  // One phase reads size * nbytes, two read twice nbytes, fold once and wait once more. Between two ranks the second pays
+  // for sure only when the message comes from memory, and reading one's own half of it twice would cost more than waiting.
   const std::size_t small = std::max<std::size_t>(4 << 10, (512 << 10) / std::size_t(c.size * c.size));
-  const bool one = nbytes <= small || (c.size == 2 && !past_caches(c, 2 * nbytes));
+  const bool maybe = c.size == 2 && !past_caches(c, 2 * nbytes);
   const std::size_t half_share = nbytes / std::size_t(2 * c.size);  // the other half of the work goes through slots
   const bool could = kind == Kind::kAllReduce && Direct::pays(half_share, half_share);
   Direct direct(c, out);
   bool opened = false;
-  fcomm_status s = direct.agree(print, kind, nbytes, could, true, opened);
+  const int what = int(kind) | a.dtype << 8;  // half types take longer to fold
+  fcomm_status s = direct.agree(print, what, nbytes, could, true, opened, maybe ? kWays : kOnePhase);
   if (s) return s;
+  const bool one = nbytes <= small || (direct.asked() ? direct.way() == kOnePhase : maybe);
   s = direct.agreed() ? two_phase_direct(c, direct, in, out, nbytes, a)
       : one           ? one_phase(c, print, in, out, nbytes, a, opened)
                       : two_phase(c, print, in, out, nbytes, a, opened);

@@ -179,7 +179,8 @@ Inputs draw(std::mt19937_64 &random, int dtype, int n, std::size_t count) {
       if (doubles) std::memcpy(&b[i], &d, 8);
       else std::memcpy(&b[i], &f, 4);
     }
-    for (std::size_t i = 1; dtype == FCOMM_BFLOAT16 && i < count * width; i += 4) b[i] = (b[i] & 0x81) | 0x3E;
+    for (std::size_t i = 0; dtype == FCOMM_BFLOAT16 && i < count; ++i)  // both halves of every other word
+      if (i / 2 % 2) b[2 * i + 1] = (b[2 * i + 1] & 0x81) | 0x3E;
     b.resize(count * width);
     in.push_back(std::move(b));
   }
@@ -225,15 +226,18 @@ void past(const fcomm::Kernels &table, std::mt19937_64 &random, int dtype, int o
       const Inputs in = draw(random, dtype, n, count);
       std::vector<const void *> from;
       for (const auto &b : in) from.push_back(b.data());
-      std::vector<unsigned char> kept(count * width + 1, 99), room(count * width + 128, 99);
+      const std::size_t nbytes = count * width;
+      std::vector<unsigned char> room(2 * (nbytes + 128));
       unsigned char *const out = room.data() + (0 - reinterpret_cast<std::uintptr_t>(room.data())) % 64;
-      for (unsigned char *const second : {static_cast<unsigned char *>(nullptr), kept.data()}) {
+      unsigned char *const other = out + (nbytes + 64) / 64 * 64;
+      for (const auto &[second, second_past] :
+           {std::pair{static_cast<unsigned char *>(nullptr), false}, {other, false}, {other, true}}) {
         std::fill(room.begin(), room.end(), 99);
-        const std::size_t done = table.reduce_past[dtype][op](out, second, from.data(), n, count, n);
+        const std::size_t done = table.reduce_past[dtype][op](out, second, second_past, from.data(), n, nbytes, n);
         fcomm::stream_fence();
-        CHECK(done <= count && (count - done) * width < 64 && out[done * width] == 99);
-        check(dtype, op, in, {out, out + done * width}, done);
-        if (second) CHECK(std::equal(out, out + done * width + 1, kept.begin()));
+        CHECK(done <= nbytes && nbytes - done < 64 && done % 64 == 0 && out[done] == 99);
+        check(dtype, op, in, {out, out + done}, done / width);
+        CHECK(other[done] == 99 && (second ? std::equal(out, out + done, second) : other[0] == 99));
       }
     }
 }
