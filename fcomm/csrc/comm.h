@@ -61,9 +61,9 @@ enum Way { kDirect, kSlots, kOnePhase, kWays };
 struct Ways {
   Way best = kDirect;
   unsigned calls = 0;
-  Way last = kWays;   // of the call before
-  unsigned in_turn = 0;  // calls that went that way, one after another
-  double lately_ns[kWays] = {};
+  double ns_per_byte[kWays] = {};  // lately
+  Way last = kWays;                // of the call before
+  unsigned in_turn = 0;            // calls that went that way, one after another
 
   Way next(int n) {  // of the first n ways
     constexpr unsigned kEvery = 128;
@@ -73,21 +73,23 @@ struct Ways {
     if (since % kEvery < kEvery - kFew) return best;
     return Way((unsigned(best) + 1 + tried % unsigned(n - 1)) % unsigned(n));
   }
-  void learn(Way way, double ns) {
-    constexpr unsigned kCold = 2;
+  void learn(Way way, double now) {  // in ns a byte
+    constexpr unsigned kCold = 2;  // calls of a way that pay for the way before
     in_turn = way == last ? in_turn + 1 : 1;
     last = way;
     if (in_turn <= kCold) return;
-    double &lately = lately_ns[way];
+    double &lately = ns_per_byte[way];
     if (in_turn == kCold + 1)
-      lately = ns;
+      lately = now;
     else if (in_turn <= kFew)
-      lately = std::min(lately, ns);
+      lately = std::min(lately, now);
     else
-      lately += (std::min(ns, 1.25 * lately) - lately) / 4;  // a rank that is stopped for once says nothing
+      lately += (std::min(now, 1.25 * lately) - lately) / 4;  // a rank that is stopped for once says nothing
     if (in_turn < kFew) return;
-    for (int other = 0; other < kWays; ++other)
-      if (lately_ns[other] != 0 && (lately_ns[best] == 0 || lately_ns[other] < 0.95 * lately_ns[best])) best = Way(other);
+    for (int other = 0; other < kWays; ++other) {
+      const double theirs = ns_per_byte[other], ours = ns_per_byte[best];
+      if (theirs != 0 && (ours == 0 || theirs < 0.95 * ours)) best = Way(other);
+    }
   }
 
  private:

@@ -107,6 +107,7 @@ fcomm_status Direct::agree(std::uint64_t fingerprint, int what, std::size_t nbyt
   std::uint64_t word = !may ? 0 : receives ? reinterpret_cast<std::uint64_t>(result_) : kNothing;
   if (c.rank == 0) {
     ways_ = &c.ways[{what, std::bit_width(nbytes)}];
+    nbytes_ = nbytes;
     const Way wanted = ways_->next(ways);
     if (!always() && wanted != kDirect) word = wanted == kOnePhase ? kInOnePhase : kThroughSlots;
   }
@@ -150,7 +151,7 @@ fcomm_status Direct::end(fcomm_status status) {
   if (agreed() && status) pool_abandon(result_);
   // Written results end with a round. Slots need none, but would look faster without.
   if (asked_ && !agreed() && !status) status = next_round(c_);
-  if (ways_ && !status) ways_->learn(way_, double(now_ns() - start_));
+  if (ways_ && !status) ways_->learn(way_, double(now_ns() - start_) / double(nbytes_ + 1));
   return status;
 }
 

@@ -47,6 +47,7 @@ class Direct {
   Way way_ = kSlots;
   std::uint32_t round_ = 0;  // in which the results were offered
   Ways *ways_ = nullptr;     // on rank 0
+  std::size_t nbytes_ = 0;
   std::int64_t start_ = 0;
 };
 

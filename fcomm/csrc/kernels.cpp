@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -83,12 +84,17 @@ constexpr Kernels table = make();
 #pragma GCC pop_options
 #endif
 
+bool has_f16c() {  // clang 14 has no name for it in __builtin_cpu_supports
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 const Kernels *kernels_named(const char *name) {
   if (!std::strcmp(name, "sse2")) return &sse2::table;
   if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && kernels_named("avx2"))
     return &avx512::table;
-  if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
+  if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && has_f16c())
     return &avx2::table;
   return nullptr;
 }
