@@ -25,7 +25,7 @@ ENGINE = ROOT / "fcomm" / "csrc"
 NATIVE = ROOT / "tests" / "native"
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 FLAGS = ("-std=c++20", *WARNINGS, "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-pthread", "-DFCOMM_TESTING")
-SUITES = ("kernels", "pool", "rings", "failures", "collectives")
+SUITES = ("kernels", "choices", "pool", "rings", "failures", "collectives")
 VARIANTS = {
     "plain": ("-O1",),
     "address": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),

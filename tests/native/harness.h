@@ -60,6 +60,7 @@ fcomm_blocks even(std::size_t rows, std::size_t width);
 fcomm_blocks uneven(std::size_t rows, const std::vector<std::size_t> &widths);
 
 // The suites, by name.
+void choices_suite();
 void kernels_suite();
 void collectives_suite();
 void rings_suite();

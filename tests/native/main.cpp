@@ -5,7 +5,8 @@
 #include "harness.h"
 
 int main(int argc, char **argv) {
-  const std::map<std::string, void (*)()> suites = {{"collectives", collectives_suite},
+  const std::map<std::string, void (*)()> suites = {{"choices", choices_suite},
+                                                    {"collectives", collectives_suite},
                                                     {"failures", failures_suite},
                                                     {"kernels", kernels_suite},
                                                     {"pool", pool_suite},
