@@ -163,6 +163,10 @@ def test_one_rank_is_checked_as_many_are() -> None:
     alone = fcomm.stateless_group("127.0.0.1", 0, 0, 1, name="alone")
     with pytest.raises(TypeError, match="x is list, not a tensor"):
         megatron.copy_to_tensor_model_parallel_region([1.0], group=alone, backend=fcomm.cpu)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'output_split_size'"):
+        megatron.gather_from_sequence_parallel_region(
+            torch.ones(2), output_split_size=[2], group=alone, backend=fcomm.cpu
+        )
     fcomm.close(alone)
     with pytest.raises(fcomm.GroupClosedError):
         megatron.reduce_scatter_to_sequence_parallel_region(torch.ones(2), group=alone, backend=fcomm.cpu)

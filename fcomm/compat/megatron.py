@@ -19,6 +19,7 @@ copy of its input, whatever the sizes. There is no default group, and Megatron's
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -35,11 +36,14 @@ from fcomm.group import Backend, Group
 
 def _region(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """takes_handles; a rank alone gets a copy of its input, also of a number, which has no dim to cut."""
+    arguments = inspect.signature(fn)
 
     @takes_handles
     @wraps(fn)
     def call(input_: Tensor, *args: Any, group: Group, backend: Backend, **options: Any) -> Tensor:
         if group.size == 1:
+            if not torch.compiler.is_compiling():
+                arguments.bind(input_, *args, group=group, backend=backend, **options)  # raises as the call would
             return fcomm.pvary(input_, group, backend)
         return fn(input_, *args, group=group, backend=backend, **options)
 
