@@ -20,6 +20,7 @@ COLLECTIVES = tuple(dict.fromkeys(case.name for case in CASES.values()))
 # batch, one in the other, and dual tensors. make test-all compiles every case under every transform.
 FIRST = tuple(next(case.id for case in CASES.values() if case.name == name) for name in COLLECTIVES)
 SAMPLE = ("forward", "grad", "jvp", "vmap", "vmap of grad", "forward mode")
+FEW = ("forward", "jvp", "vmap of grad")  # in processes, where tracing is the same
 
 
 def record(

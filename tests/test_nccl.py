@@ -49,7 +49,7 @@ def test_one_rank_needs_no_communicator() -> None:
 
 
 def test_compiled() -> None:
-    run_ranks(check, 2, DOUBLE, FIRST, ("vjp",), "aot_eager", timeout_s=400)
+    run_ranks(check, 2, DOUBLE, FIRST[::3], ("vjp",), "aot_eager", timeout_s=400)
 
 
 @pytest.mark.long

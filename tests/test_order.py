@@ -148,7 +148,7 @@ def check_order(seed: int, group: Group, backend: Backend, log: list[Any]) -> No
         assert calls(compiled(differentiated)) == calls(differentiated)
 
 
-@pytest.mark.parametrize("seed", [1, 17])
+@pytest.mark.parametrize("seed", [1, pytest.param(17, marks=pytest.mark.long)])
 def test_random_programs_keep_their_order(seed: int, recorder: tuple[Group, Backend, list[Any]]) -> None:
     check_order(seed, *recorder)
 
