@@ -344,9 +344,9 @@ def _like_explicit_lists(world: fcomm.Group, compiler: str | None) -> list[str]:
     return failures
 
 
-LONG = [pytest.param(size, "aot_eager", marks=pytest.mark.long) for size in (3, 4)]
+LONG = [pytest.param(size, "aot_eager", marks=pytest.mark.long) for size in (2, 3, 4)]
 
 
-@pytest.mark.parametrize(("size", "compiler"), [(2, None), (3, None), (4, None), (2, "aot_eager"), *LONG])
+@pytest.mark.parametrize(("size", "compiler"), [(2, None), (3, None), (4, None), *LONG])
 def test_rules_in_processes_are_autograd_of_explicit_lists(size: int, compiler: str | None) -> None:
     run_ranks(_like_explicit_lists, size, compiler, timeout_s=400)
