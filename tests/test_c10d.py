@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import CASES
-from matrix import COLLECTIVES, FEW, FIRST, SAMPLE, record
+from matrix import COLLECTIVES, FIRST, SAMPLE, record
 from torch import Tensor
 from vendors import misread
 
@@ -85,12 +85,12 @@ def test_a_device_without_process_groups_is_refused() -> None:
 
 
 def test_compiled(record_property: Record) -> None:
-    checked(record_property, 2, FIRST, FEW, "aot_eager")
+    checked(record_property, 2, FIRST, SAMPLE["c10d"], "aot_eager")
 
 
 @pytest.mark.long
 def test_sample_compiled(record_property: Record) -> None:
-    checked(record_property, 2, FIRST, SAMPLE, "aot_eager")
+    checked(record_property, 2, FIRST, SAMPLE["sim"], "aot_eager")
 
 
 @pytest.mark.long

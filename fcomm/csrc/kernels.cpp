@@ -84,7 +84,7 @@ constexpr Kernels table = make();
 #pragma GCC pop_options
 #endif
 
-bool has_f16c() {  // clang 14 has no name for it in __builtin_cpu_supports
+static bool has_f16c() {  // clang 14 has no name for it in __builtin_cpu_supports
   unsigned a, b, c = 0, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }

@@ -224,7 +224,8 @@ fcomm_status fcomm_scatter(const void *in, fcomm_blocks matrix, void *out, int r
   bool opened = false;
   Direct direct(c, out);
   const bool could = Direct::pays(sent.most(), sent.row());
-  if (const fcomm_status s = direct.agree(print, int(Kind::kScatter), sent.total(), could, c.rank != root, opened)) return s;
+  const int what = int(Kind::kScatter);
+  if (const fcomm_status s = direct.agree(print, what, sent.total(), could, c.rank != root, opened)) return s;
   if (direct.agreed()) {
     if (c.rank != root) return direct.end(next_round(c));
     const auto here = [&](int p) { return contiguous(out, sent[p].nbytes()); };

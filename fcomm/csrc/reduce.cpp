@@ -24,7 +24,9 @@ struct Arithmetic {
   void fold(Place a, Place b, const void *const *in, int n, std::size_t nbytes) const {
     std::size_t done = 0;
     const auto past = [](Place p) { return p.to && p.stream && reinterpret_cast<std::uintptr_t>(p.to) % 64 == 0; };
-    const auto way = [&](Place first, Place second) { return past(first) && (!second.to || !second.stream || past(second)); };
+    const auto way = [&](Place first, Place second) {
+      return past(first) && (!second.to || !second.stream || past(second));
+    };
     if (reduce_past && way(a, b))
       done = reduce_past(a.to, b.to, b.stream, in, n, nbytes, divisor);
     else if (reduce_past && way(b, a))
@@ -159,18 +161,19 @@ fcomm_status all_reduce(fcomm_comm &c, std::uint64_t print, const void *in_, voi
                         const Arithmetic &a, Kind kind) {
   const char *in = static_cast<const char *>(in_);
   char *out = static_cast<char *>(out_);
-  // One phase reads size * nbytes, two read twice nbytes, fold once and wait once more. Between two ranks the second pays
-  // for sure only when the message comes from memory, and reading one's own half of it twice would cost more than waiting.
+  // One phase reads size * nbytes, two read twice nbytes, fold once and wait once more. Between two ranks the second
+  // pays for sure only when the message comes from memory, and reading one's own half of it twice would cost more than
+  // waiting; else rank 0 tries.
   const std::size_t small = std::max<std::size_t>(4 << 10, (512 << 10) / std::size_t(c.size * c.size));
-  const bool maybe = c.size == 2 && !past_caches(c, 2 * nbytes);
+  const bool either = c.size == 2 && !past_caches(c, 2 * nbytes);
   const std::size_t half_share = nbytes / std::size_t(2 * c.size);  // the other half of the work goes through slots
   const bool could = kind == Kind::kAllReduce && Direct::pays(half_share, half_share);
   Direct direct(c, out);
   bool opened = false;
   const int what = int(kind) | a.dtype << 8;  // half types take longer to fold
-  fcomm_status s = direct.agree(print, what, nbytes, could, true, opened, maybe ? kWays : kOnePhase);
+  fcomm_status s = direct.agree(print, what, nbytes, could, true, opened, either ? kWays : kOnePhase);
   if (s) return s;
-  const bool one = nbytes <= small || (direct.asked() ? direct.way() == kOnePhase : maybe);
+  const bool one = nbytes <= small || (direct.asked() ? direct.way() == kOnePhase : either);
   s = direct.agreed() ? two_phase_direct(c, direct, in, out, nbytes, a)
       : one           ? one_phase(c, print, in, out, nbytes, a, opened)
                       : two_phase(c, print, in, out, nbytes, a, opened);
