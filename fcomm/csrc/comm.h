@@ -55,9 +55,10 @@ enum class Permission { kUnknown, kNo, kYes };
 // How a large message goes: straight into the peers' results, through slots, or, a sum between two ranks, through slots
 // in one phase, see reduce.cpp.
 enum Way { kDirect, kSlots, kOnePhase, kWays };
+constexpr int kWaysOfMost = kOnePhase;  // all but the last
 
-// Rank 0 times calls of one kind and size and decides for all: a few of each way at first, then now and then a few of
-// another. A few, since one alone finds the caches as the other way has left them.
+// Rank 0 times calls of one kind, dtype and size and decides for all: a few of each way at first, then now and then a few
+// of another. A few, since one alone finds the caches as the other way has left them.
 struct Ways {
   Way best = kDirect;
   unsigned calls = 0;

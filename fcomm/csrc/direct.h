@@ -27,7 +27,7 @@ class Direct {
   // way at all and how many ways there are follow from the fingerprint, as does `what`: calls alike in it and in size
   // take times alike. receives: whether anybody writes to this rank. `opened`: rounds were made.
   fcomm_status agree(std::uint64_t fingerprint, int what, std::size_t nbytes, bool could, bool receives, bool &opened,
-                     int ways = kOnePhase);
+                     int ways = kWaysOfMost);
   bool asked() const { return asked_; }
   Way way() const { return way_; }
   bool agreed() const { return way_ == kDirect; }

@@ -171,7 +171,7 @@ fcomm_status all_reduce(fcomm_comm &c, std::uint64_t print, const void *in_, voi
   Direct direct(c, out);
   bool opened = false;
   const int what = int(kind) | a.dtype << 8;  // half types take longer to fold
-  fcomm_status s = direct.agree(print, what, nbytes, could, true, opened, either ? kWays : kOnePhase);
+  fcomm_status s = direct.agree(print, what, nbytes, could, true, opened, either ? kWays : kWaysOfMost);
   if (s) return s;
   const bool one = nbytes <= small || (direct.asked() ? direct.way() == kOnePhase : either);
   s = direct.agreed() ? two_phase_direct(c, direct, in, out, nbytes, a)
