@@ -807,6 +807,10 @@ def process_group_named(name: str) -> Any:
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
+# Private: what torch.from_dlpack calls for a capsule; its checks of other arguments take a third of the time.
+tensor_of_capsule: Callable[[object], Tensor] = getattr(_C, "_from_dlpack", torch.from_dlpack)
+
+
 def async_collective_tensor() -> type[Tensor]:
     """torch's class of a result in flight, for others' isinstance; no such tensor is made here."""
     # Private: torch has no public name for it. Here, because its module would be a third of the time to import fcomm.

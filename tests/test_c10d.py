@@ -145,7 +145,7 @@ def differentiates_on_one_rank(world: Group, compiler: str | None) -> list[str]:
     return [] if got == expected else [f"{got} is not {expected}"]
 
 
-@pytest.mark.parametrize("compiler", [None, "aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_a_zero_use_lets_a_rank_ignore_a_result_that_another_differentiates(compiler: str | None) -> None:
     run_ranks(differentiates_on_one_rank, 2, compiler, timeout_s=300)  # Inductor compiles C++, twice
 

@@ -109,6 +109,7 @@ def assert_same_course(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted.expand_as(got), rtol=1e-5, atol=0)
 
 
+@pytest.mark.long  # make test trains it in processes, below, and takes its gradient on three axes, above
 def test_training_of_gpt_on_dp_and_tp() -> None:
     axes = simulated_axes(dp=2, sp=1, tp=2)
     assert_same_course(over(axes, lambda: gpt_course(axes, fcomm.sim)), dense_gpt_course())

@@ -117,8 +117,9 @@ _remembered = lru_cache(maxsize=4096)
 
 
 def _new(shape: tuple[int, ...], like: Tensor, width: int) -> Tensor:
-    if prod(shape) * width >= POOLED_NBYTES:
-        return pooled(shape, like)
+    nbytes = prod(shape) * width
+    if nbytes >= POOLED_NBYTES:
+        return pooled(shape, nbytes, like.dtype)
     # Lengths one by one: torch takes 0.7 us longer to read a tuple of them.
     return like.new_empty(*shape) if shape else like.new_empty(())
 
@@ -159,7 +160,8 @@ def _all_reduce(x: Tensor, group: Group, *, op: str, narrow: int = 0) -> Tensor:
     if code >= _FLOAT8:
         return _all_reduce(x.float(), group, op=op, narrow=code).to(x.dtype)
     count = x.numel()
-    y = torch.empty_like(x) if count * width < POOLED_NBYTES else pooled(x.shape, x)
+    nbytes = count * width
+    y = torch.empty_like(x) if nbytes < POOLED_NBYTES else pooled(x.shape, nbytes, x.dtype)
     status = native.all_reduce(x.data_ptr(), y.data_ptr(), count, code, _OPS[op], hash(x.shape) ^ narrow, c.handle)
     if status:
         raise _error(status, "all_reduce", x, c, {"op": op})

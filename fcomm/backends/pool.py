@@ -7,11 +7,12 @@ it goes back when the storage dies, that is with the last tensor, view or saved 
 from __future__ import annotations
 
 from importlib import import_module
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fcomm.registration import tensor_of_capsule
 
 try:
     native: Any = import_module("fcomm._native")
@@ -23,28 +24,31 @@ except ImportError as error:  # no compiler was there when fcomm was installed
 # may write into it.
 POOLED_NBYTES = 64 << 10
 
-# DLPack's kinds (DLDataTypeCode in dlpack.h) of the dtypes that torch takes over by it. Others come as bytes.
-_KINDS = {
-    **dict.fromkeys((torch.int8, torch.int16, torch.int32, torch.int64), 0),
-    torch.uint8: 1,
-    **dict.fromkeys((torch.float16, torch.float32, torch.float64), 2),
-    torch.bfloat16: 4,
-    **dict.fromkeys((torch.complex64, torch.complex128), 5),
-    torch.bool: 6,
+# DLPack's kind (DLDataTypeCode in dlpack.h) and bits of the dtypes that torch takes over by it. Others come as bytes.
+_FORMS = {
+    dtype: (kind, 8 * dtype.itemsize)
+    for kind, dtypes in (
+        (0, (torch.int8, torch.int16, torch.int32, torch.int64)),
+        (1, (torch.uint8,)),
+        (2, (torch.float16, torch.float32, torch.float64)),
+        (4, (torch.bfloat16,)),
+        (5, (torch.complex64, torch.complex128)),
+        (6, (torch.bool,)),
+    )
+    for dtype in dtypes
 }
 # FCOMM_MAX_DIMS and FCOMM_MAX_RANKS in csrc/fcomm.h
 MAX_DIMS, MAX_RANKS = 16, 240
 
 
-def pooled(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor of that shape and like's dtype; its storage cannot be resized."""
-    width, kind = like.itemsize, _KINDS.get(like.dtype)
-    nbytes = prod(shape) * width
-    if kind is not None and len(shape) <= MAX_DIMS:
-        return torch.from_dlpack(native.pool_take(nbytes, kind, 8 * width, shape))
-    block = torch.from_dlpack(native.pool_take(nbytes, 1, 8, (nbytes,)))
+def pooled(shape: tuple[int, ...], nbytes: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised contiguous tensor of that shape, which has so many bytes; its storage cannot be resized."""
+    form = _FORMS.get(dtype)
+    if form is not None and len(shape) <= MAX_DIMS:
+        return tensor_of_capsule(native.pool_take(nbytes, *form, shape))
+    block = tensor_of_capsule(native.pool_take(nbytes, *_FORMS[torch.uint8], (nbytes,)))
     # Not block.view(..): a view would have a base, and autograd would watch writes through it.
-    whole: Tensor = torch.empty(0, dtype=like.dtype).set_(block.untyped_storage(), 0, shape, ())
+    whole: Tensor = torch.empty(0, dtype=dtype).set_(block.untyped_storage(), 0, shape, ())
     return whole
 
 

@@ -113,8 +113,8 @@ def _one_y(m: Meaning, ct: Tensor) -> Tensor:
 
 def _jacrev_oracle(m: Meaning, x: Tensor, ct: Tensor, t: Tensor) -> Tensor:
     """Row i is the pull of the i-th basis cotangent on all ranks at once: all ranks run the same program."""
-    like = _one_y(m, ct)
-    rows = [m.rows_x(_pull(m.fn, x, m.spread_y(e))) for e in _basis(like)]
+    like, pull = _one_y(m, ct), vjp(m.fn, x)[1]
+    rows = [m.rows_x(pull(m.spread_y(e))[0]) for e in _basis(like)]
     return torch.stack(rows, 1).reshape(m.size, *like.shape, *rows[0].shape[1:])
 
 
@@ -124,9 +124,9 @@ def _jacfwd_oracle(m: Meaning, x: Tensor, ct: Tensor, t: Tensor) -> Tensor:
 
 
 def _hessian_oracle(m: Meaning, x: Tensor, ct: Tensor, t: Tensor) -> Tensor:
-    like = _one_x(m, x)
-    gradient = grad(_loss(m.fn))
-    return _columns([m.rows_x(_push(gradient, x, m.spread_x(e))) for e in _basis(like)], like.shape)
+    """The Hessian by all ranks' values is symmetric: pulls are pushes, and need the gradient's graph once."""
+    like, pull = _one_x(m, x), vjp(grad(_loss(m.fn)), x)[1]
+    return _columns([m.rows_x(pull(m.spread_x(e))[0]) for e in _basis(like)], like.shape)
 
 
 def _reverse_hessian_oracle(m: Meaning, x: Tensor, ct: Tensor, t: Tensor) -> Tensor:
