@@ -368,6 +368,62 @@ def test_errors_name_the_remedy() -> None:
         layers.zigzag_order(6, 2)
     with pytest.raises(fcomm.FcommError, match="'tp' is not a group of processes that this one belongs to; use gpipe"):
         layers.one_f_one_b(lambda p, x: x, lambda y, m: y.sum(), {}, q, TP, fcomm.sim)
+    with pytest.raises(fcomm.FcommError, match=r"q of shape \(1, 3, 2, 2\) has 2 heads and k of shape .* 3; pass"):
+        layers.ulysses_attention(q, q.repeat(1, 1, 2, 1)[:, :, :3], q, TP, fcomm.sim)
+    with pytest.raises(fcomm.FcommError, match=r"route: k is 5, and router has 4 experts; choose 1 .. 4"):
+        layers.route(q[0, 0], draw(4, 2, seed=1), TP, fcomm.sim, k=5)
+    with pytest.raises(fcomm.FcommError, match=r"(?s)moe_uneven: counts is tensor.* expert_counts\(..\).tolist\(\)"):
+        layers.moe_uneven(X, *ROUTED, *EXPERTS, TP, fcomm.sim, counts=torch.ones(2, 2).long())
+    with pytest.raises(fcomm.FcommError, match=r"micro has shape \(0, 3, 2, 2\); stack at least one micro-batch"):
+        layers.gpipe(lambda x: x, q[:0], TP, fcomm.sim)
+    with pytest.raises(fcomm.FcommError, match=r"shards have \[3\] elements, but .* \[\(2, 2\)\] .* have \[2\]; pass"):
+        layers.gather_parameters([draw(3, seed=1)], [(2, 2)], TP, fcomm.sim)
+
+
+def test_too_little_room_on_a_rank_alone() -> None:
+    x, up, down = draw(3, 4, seed=1), draw(2, 5, 4, seed=2), draw(2, 4, 5, seed=3)
+    choices = torch.zeros(3, 1).long()
+    with pytest.raises(fcomm.FcommError, match="rank 0 of group 'alone' has room for, rows=2; pass rows="):
+        layers.moe_ragged(x, choices.double(), choices, up, down, fcomm.init(name="alone"), fcomm.cpu, rows=2)
+
+
+X, Q, ROUTED = torch.ones(2, 2), torch.ones(1, 2, 2, 2), (torch.ones(2, 1), torch.zeros(2, 1).long())
+EXPERTS = torch.ones(1, 2, 2), torch.ones(1, 2, 2)
+TOKENS = torch.zeros(2, 2).long()
+# Each layer that asks for more of its group than to pass it on.
+ASKING: dict[str, Any] = {
+    "shard_parameters": lambda g, b: layers.shard_parameters([X], g, b),
+    "gather_parameters": lambda g, b: layers.gather_parameters([X], [X.shape], g, b),
+    "ulysses_attention": lambda g, b: layers.ulysses_attention(Q, Q, Q, g, b),
+    "ring_attention": lambda g, b: layers.ring_attention(Q, Q, Q, g, b, causal=True, zigzag=True),
+    "usp_attention": lambda g, b: layers.usp_attention(Q, Q, Q, TP, g, b),
+    "moe_capacity": lambda g, b: layers.moe_capacity(X, *ROUTED, *EXPERTS, g, b, capacity=1),
+    "moe_ragged": lambda g, b: layers.moe_ragged(X, *ROUTED, *EXPERTS, g, b),
+    "moe_uneven": lambda g, b: layers.moe_uneven(X, *ROUTED, *EXPERTS, g, b, counts=[[2]]),
+    "gpipe": lambda g, b: layers.gpipe(lambda x: x, X, g, b),
+    "one_f_one_b": lambda g, b: layers.one_f_one_b(lambda p, x: x, lambda y, m: y.sum(), {}, X, g, b),
+    "own_tokens": lambda g, b: layers.own_tokens(TOKENS, TP, g, b),
+    "gpt_loss": lambda g, b: layers.gpt_loss({}, TOKENS, TOKENS, layers.GPT(), TP, g, TP, b),
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_is_no_group_is_named(name: str) -> None:
+    for group in ("tp", None):
+        with pytest.raises(TypeError, match=rf"{name}: group is {group!r}; pass a Group, from fcomm.init"):
+            ASKING[name](group, fcomm.sim)
+
+
+def test_replicate_takes_what_can_be_gone_through_once() -> None:
+    """As a module's parameters() is: gone through twice, its parameters stayed as they were."""
+
+    def loss(weight: Tensor, x: Tensor) -> Tensor:
+        (own,) = layers.replicate((p for p in [weight]), TP, fcomm.sim)
+        return (own * x).sum()
+
+    weight, x = draw(3, seed=1), draw(N, 3, seed=2)
+    got = fcomm.simulate(grad(loss), TP)(weight.expand(N, 3), x)
+    torch.testing.assert_close(got, x.sum(0).expand(N, 3))
 
 
 # --- sharded parameters on dp x tp --------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcomm.errors import ArgumentError
+
 
 class Attend(Protocol):
     """attend(q, k, v, causal=..): q [B S H C], k and v [B T K C], H a multiple of K; the result has q's shape."""
@@ -20,7 +22,9 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> T
 
     q: [B S H C]. k, v: [B T K C]; key head h serves query heads h*H/K and on. causal: position s sees t <= s.
     Scores have q's dtype: a row in which one is more than float16 has is NaN, where fused_attention's is not.
+    Raises ArgumentError if H is not a multiple of K.
     """
+    check_heads("dot_product_attention", q, k)
     scores = attention_scores(q, repeat_heads(k, q.shape[2]))
     if causal:
         scores = scores.masked_fill(~causal_mask(q.shape[1], q.device), -torch.inf)
@@ -28,10 +32,20 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> T
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """The same by torch's fused kernel: less memory and time, first derivatives only."""
+    """The same by torch's scaled_dot_product_attention: less memory and time, first derivatives only."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
+
+
+def check_heads(name: str, q: Tensor, k: Tensor) -> None:
+    """Raise unless each key head can serve as many query heads as the others."""
+    heads, key_heads = q.shape[2], k.shape[2]
+    if heads != key_heads and (key_heads == 0 or heads % key_heads):
+        raise ArgumentError(
+            f"{name}: q of shape {tuple(q.shape)} has {heads} heads and k of shape {tuple(k.shape)} {key_heads}; pass "
+            "[batch, positions, heads, width], and as many query heads as key heads, or a multiple"
+        )
 
 
 def attention_scores(q: Tensor, k: Tensor) -> Tensor:

@@ -23,24 +23,27 @@ gather_parameters, backward gathers again, and no rank ever holds more than a bl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fcomm.collectives import all_gather_coalesced, all_reduce_coalesced, pvary, shard
+from fcomm.collectives import all_gather_coalesced, all_reduce_coalesced, checks, pvary, shard
+from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 
 
-def replicate(params: Sequence[Tensor], group: Group, backend: Backend) -> list[Tensor]:
+def replicate(params: Iterable[Tensor], group: Group, backend: Backend) -> list[Tensor]:
     """Replicated parameters enter per-rank use: pvary of a list, whose gradients are added in one message per dtype.
 
         rank 0  [a] [b]      [a] [b]                     backward   [a0 + a1] [b0 + b1]
         rank 1  [a] [b]  ->  [a] [b]                                [a0 + a1] [b0 + b1]
 
+    params: tensors of any shapes and dtypes, the same on all ranks; the results are copies in the same order.
     Traffic: none forward, one all_reduce per dtype backward, 2(n-1)/n of the bytes per rank.
     """
+    params = list(params)  # a module's parameters() can be gone through once
     varying = list(params)
     for dtype in dict.fromkeys(p.dtype for p in params):
         places = [i for i, p in enumerate(params) if p.dtype == dtype]
@@ -50,12 +53,12 @@ def replicate(params: Sequence[Tensor], group: Group, backend: Backend) -> list[
     return varying
 
 
-def mean_gradients(grads: Sequence[Tensor], group: Group, backend: Backend) -> list[Tensor]:
-    """The mean of every rank's gradients, one all_reduce per dtype, 2(n-1)/n of the bytes per rank."""
+def mean_gradients(grads: Iterable[Tensor], group: Group, backend: Backend) -> list[Tensor]:
+    """The mean of all ranks' gradients, tensor by tensor. Traffic: one all_reduce per dtype, 2(n-1)/n of the bytes."""
     return all_reduce_coalesced(grads, group, backend, op="mean")
 
 
-def shard_parameters(params: Sequence[Tensor], group: Group, backend: Backend) -> list[Tensor]:
+def shard_parameters(params: Iterable[Tensor], group: Group, backend: Backend) -> list[Tensor]:
     """This rank's share of each parameter: flat, padded to a multiple of n, 1/n of it.
 
         rank 0  [a b c]      [a b]
@@ -63,11 +66,12 @@ def shard_parameters(params: Sequence[Tensor], group: Group, backend: Backend) -
 
     No traffic; a derivative, rarely wanted here, gathers.
     """
+    checks.is_group("shard_parameters", group)
     return [shard(pad(p.reshape(-1), (0, -p.numel() % group.size)), group, backend) for p in params]
 
 
 def gather_parameters(
-    shards: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Group, backend: Backend
+    shards: Iterable[Tensor], shapes: Iterable[Sequence[int]], group: Group, backend: Backend
 ) -> list[Tensor]:
     """The whole parameters of which every rank holds a share, for the ranks' own examples.
 
@@ -76,6 +80,16 @@ def gather_parameters(
 
     shards: as shard_parameters gave them; shapes: of the whole parameters.
     Traffic: one all_gather per dtype forward, one reduce_scatter backward, (n-1)/n of the whole bytes per rank each.
+    Raises ArgumentError if the shards are not those of parameters of these shapes.
     """
+    checks.is_group("gather_parameters", group)
+    shards, shapes = list(shards), list(shapes)
+    lengths, shares = [x.numel() for x in shards], [-(-math.prod(shape) // group.size) for shape in shapes]
+    if lengths != shares:
+        raise ArgumentError(
+            f"gather_parameters: the shards have {lengths} elements, but those of parameters of the shapes "
+            f"{[tuple(shape) for shape in shapes]} on group '{group.name}' of size {group.size} have {shares}; pass "
+            "what shard_parameters gave, and the shapes that it was given"
+        )
     wholes = all_gather_coalesced(shards, group, backend)
     return [w[: math.prod(shape)].reshape(shape) for w, shape in zip(wholes, shapes, strict=True)]

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcomm.collectives import all_gather, all_to_all, axis_index, pvary, ragged_all_to_all, scan
+from fcomm.collectives import all_gather, all_to_all, axis_index, checks, pvary, ragged_all_to_all, scan
 from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 from fcomm.layers.sequence import own_row
@@ -41,8 +41,10 @@ def route(x: Tensor, router: Tensor, group: Group, backend: Backend, *, k: int) 
     """The k experts of each token and their weights, which add up to 1.
 
     x: [T D], the rank's own tokens. router: [E D], replicated. Results: weight [T k], expert [T k].
-    Traffic: none; backward all_reduce of router's gradient.
+    Traffic: none; backward all_reduce of router's gradient. Raises ArgumentError unless 1 <= k <= E.
     """
+    if not 1 <= k <= router.shape[0]:
+        raise ArgumentError(f"route: k is {k}, and router has {router.shape[0]} experts; choose 1 .. {router.shape[0]}")
     weight, expert = F.linear(x, pvary(router, group, backend)).softmax(-1).topk(k, -1)
     return weight / weight.sum(-1, keepdim=True), expert
 
@@ -66,6 +68,7 @@ def moe_capacity(
     First choices are packed before second ones (Lepikhin et al., "GShard"). There may be more experts than the router
     has rows: pad E to a multiple of n. Traffic: two all_to_alls of E c D elements.
     """
+    checks.is_group("moe_capacity", group)
     experts = group.size * up.shape[0]
     slot = _slots(expert, experts, capacity)
     # One box too many, for what is dropped.
@@ -104,10 +107,12 @@ def moe_ragged(
     (A backend without a ragged exchange of its own does one inside ragged_all_to_all.)
     rows: how many rows this rank has room for; left out, n k T, which is the most that can come where every rank has T
     tokens. Where their numbers differ, pass k times the sum of them: a rank does not know the others'. More than fit is
-    an error in processes, on the rank that lacks the room; simulated ranks, which cannot raise for data, lose them.
+    an ArgumentError in processes, on the rank that lacks the room; simulated ranks, which cannot raise for data, lose
+    them.
     experts: the local experts, by default masked_experts. Traffic: k T D elements each way; besides, counts and places
     of n or E integers.
     """
+    checks.is_group("moe_ragged", group)
     n, local = group.size, up.shape[0]
     order, counts = _sorted(expert, n * local)
     sends = counts.reshape(n, local).sum(1)
@@ -117,18 +122,24 @@ def moe_ragged(
     # At each receiver my rows come after those of the ranks before me.
     landing = scan(sends, group, backend, exclusive=True)
     room = x.new_zeros(n * expert.numel() if rows is None else rows, x.shape[1])
+    if n == 1 and not group.simulated and len(room) < expert.numel():  # nothing is sent, so nothing below refuses it
+        raise _no_room(group, len(room))
     try:
         there = ragged_all_to_all(_copies(x, expert, order), room, starts, sends, landing, recvs, group, backend)
     except ArgumentError as error:  # all else about the arguments is this function's own
-        raise ArgumentError(
-            f"moe_ragged: more rows come than rank {group.rank} of group '{group.name}' has room for, "
-            f"rows={len(room)}; pass rows=, at worst k times the tokens of all ranks"
-        ) from error
+        raise _no_room(group, len(room)) from error
     which = _which(counts.reshape(-1), room.shape[0], local)
     there = (experts or masked_experts)(there, which, up, down)
     back = all_to_all(starts, group, backend)
     here = ragged_all_to_all(there, x.new_zeros(expert.numel(), x.shape[1]), landed, recvs, back, sends, group, backend)
     return _combined(here, weight, order, x)
+
+
+def _no_room(group: Group, rows: int) -> ArgumentError:
+    return ArgumentError(
+        f"moe_ragged: more rows come than rank {group.rank} of group '{group.name}' has room for, rows={rows}; pass "
+        "rows=, at worst k times the tokens of all ranks"
+    )
 
 
 def moe_uneven(
@@ -147,9 +158,15 @@ def moe_uneven(
 
     counts: counts[r][j] rows go from rank r to expert j, the same on all ranks: expert_counts(..).tolist(), the one
     host synchronisation. No room is wasted; but the sizes are part of the program: compiled, each counts is a graph of
-    its own. Traffic: k T D elements each way.
+    its own. Traffic: k T D elements each way. Raises ArgumentError if counts is not n rows of E numbers.
     """
+    checks.is_group("moe_uneven", group)
     n, local = group.size, up.shape[0]
+    if isinstance(counts, Tensor) or [len(row) for row in counts] != [n * local] * n:
+        raise ArgumentError(
+            f"moe_uneven: counts is {counts!r}; group '{group.name}' of size {n}, with {local} experts on this rank, "
+            f"needs {n} lists of {n * local} ints, expert_counts(..).tolist()"
+        )
     order, _ = _sorted(expert, n * local)
     matrix = [[sum(row[r * local : (r + 1) * local]) for r in range(n)] for row in counts]
     there = all_to_all(_copies(x, expert, order), group, backend, send_sizes=matrix)

@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fcomm.collectives import all_reduce_invariant, shard
+from fcomm.collectives import all_reduce_invariant, checks, shard
 from fcomm.group import Backend, Group
 from fcomm.layers.data import replicate
 from fcomm.layers.sequence import ring_attention, zigzag_order
@@ -91,6 +91,7 @@ def cut(params: Params, model: GPT, tp: Group, backend: Backend) -> dict[str, Te
 
 def own_tokens(tokens: Tensor, dp: Group, sp: Group, backend: Backend) -> Tensor:
     """[B S], the same on all ranks -> this rank's examples and, in zigzag order, positions, [B/dp S/sp]."""
+    checks.is_group("own_tokens", sp)
     tokens = tokens.index_select(1, zigzag_order(tokens.shape[1], sp.size).to(tokens.device))
     return shard(shard(tokens, dp, backend, dim=0), sp, backend, dim=1)
 
@@ -102,6 +103,7 @@ def gpt_loss(
 
     params: from cut. tokens, target: [B/dp S/sp], from own_tokens.
     """
+    checks.is_group("gpt_loss", sp)
     order = zigzag_order(model.length, sp.size).to(tokens.device)
     params = dict(zip(params, replicate(list(params.values()), dp, backend), strict=True))
     position = shard(params.pop("position").index_select(0, order), sp, backend)

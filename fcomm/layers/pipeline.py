@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from fcomm.collectives import all_reduce_invariant, axis_index, ppermute, recv, send
+from fcomm.collectives import all_reduce_invariant, axis_index, checks, ppermute, recv, send
 from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 
@@ -45,7 +45,11 @@ def gpipe(stage: Callable[[Tensor], Tensor], micro: Tensor, group: Group, backen
     gets, and nobody reads the result; so micro-batch 0 passes all stages before tick 0 too, without a derivative.
     stage keeps no count of its calls, then. torch.utils.checkpoint around it keeps its inputs only.
     Traffic: n-1 ppermutes of a micro-batch to one rank, then M+n-2 ppermutes to all; backward M+n-2.
+    Raises ArgumentError if there is no micro-batch.
     """
+    checks.is_group("gpipe", group)
+    if not micro.dim() or not micro.shape[0]:
+        raise ArgumentError(f"gpipe: micro has shape {tuple(micro.shape)}; stack at least one micro-batch in dim 0")
     n, count = group.size, micro.shape[0]
     rank = axis_index(group, backend).to(micro.device)
     # Elsewhere than on its own inputs a stage may have a derivative of NaN, which times a cotangent of zero is NaN.
@@ -100,6 +104,7 @@ def one_f_one_b(
     Traffic: M sends and M recvs of a micro-batch's bytes each way, and one all_reduce of the loss.
     Raises ArgumentError on a simulated axis.
     """
+    checks.is_group("one_f_one_b", group)
     if group.simulated or group.rank is None:
         raise ArgumentError(
             f"one_f_one_b: '{group.name}' is not a group of processes that this one belongs to; use gpipe"

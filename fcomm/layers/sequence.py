@@ -29,10 +29,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fcomm.collectives import all_to_all, axis_index, ppermute
+from fcomm.collectives import all_to_all, axis_index, checks, ppermute
 from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
-from fcomm.layers.attend import Attend, attention_scores, causal_mask, dot_product_attention, repeat_heads
+from fcomm.layers.attend import (
+    Attend,
+    attention_scores,
+    causal_mask,
+    check_heads,
+    dot_product_attention,
+    repeat_heads,
+)
 
 
 def partition(length: int, n: int) -> list[int]:
@@ -63,7 +70,10 @@ def ulysses_attention(
     padded to the longest). n need not divide H or K: query heads go out by partition(H, n), each with the key head it
     uses, which may go to two ranks.
     attend: on one rank, or over another group. Traffic: one all_to_all for q, k and v together, one for the result.
+    Raises ArgumentError if sizes do not fit q or the group, or H is not a multiple of K.
     """
+    checks.is_group("ulysses_attention", group)
+    check_heads("ulysses_attention", q, k)
     n, heads, key_heads = group.size, q.shape[2], k.shape[2]
     if sizes is None and heads % n == 0 and key_heads % n == 0:
         rows = torch.cat([x.unflatten(2, (n, -1)) for x in (q, k, v)], 3)
@@ -71,7 +81,9 @@ def ulysses_attention(
         q, k, v = rows.split([heads // n, key_heads // n, key_heads // n], 2)
         return all_to_all(attend(q, k, v, causal=causal), group, backend, split_dim=1, concat_dim=2)
 
-    lengths = list(sizes) if sizes is not None else [q.shape[1]] * n
+    lengths = [q.shape[1]] * n
+    if sizes is not None:
+        lengths = checks.canonical_sizes("ulysses_attention", "sizes", sizes, group)
     own = partition(heads, n)
     used = [_key_heads(own, r, heads // key_heads) for r in range(n)]
     blocks = [torch.cat([block, k[:, :, used[r]], v[:, :, used[r]]], 2) for r, block in enumerate(q.split(own, 2))]
@@ -144,16 +156,21 @@ def ring_attention(
     the longest with whatever they like, and the padding's results mean nothing. zigzag: with causal, the whole sequence
     is cut into 2n blocks and rank r has blocks r and 2n-1-r, as in x[:, zigzag_order(S, n)] cut in n.
     Traffic: n-1 ppermutes of k and v together.
-    Raises ArgumentError if sizes do not fit q or the group, or zigzag=True and the 2n blocks are not equal.
+    Raises ArgumentError if sizes do not fit q or the group, zigzag=True and the 2n blocks are not equal, or H is not a
+    multiple of K.
     """
+    checks.is_group("ring_attention", group)
+    check_heads("ring_attention", q, k)
     if zigzag and (sizes is not None or q.shape[1] % 2):
         raise ArgumentError(
             f"ring_attention: zigzag=True with {q.shape[1]} positions on a rank and sizes={sizes}; it needs 2n equal "
             f"blocks on group '{group.name}' of size {group.size}: pad, or pass zigzag=False"
         )
-    if sizes is not None and (len(sizes) != group.size or min(sizes) < 1 or max(sizes) != q.shape[1]):
+    if sizes is not None:
+        sizes = checks.canonical_sizes("ring_attention", "sizes", sizes, group)
+    if sizes is not None and (min(sizes) < 1 or max(sizes) != q.shape[1]):
         raise ArgumentError(
-            f"ring_attention: sizes is {list(sizes)} and q.shape[1] {q.shape[1]}; group '{group.name}' of size "
+            f"ring_attention: sizes is {sizes} and q.shape[1] {q.shape[1]}; group '{group.name}' of size "
             f"{group.size} needs a length >= 1 for each rank, and every rank pads to the longest"
         )
     n, rank = group.size, axis_index(group, backend).to(q.device)
@@ -261,5 +278,7 @@ def usp_attention(
     q, k, v: see the module, n = ring.size * ulysses.size. zigzag: the order is zigzag_order(S, ring.size).
     (Fang, Zhao, "USP: A Unified Sequence Parallelism Approach".)
     """
+    for group in (ulysses, ring):  # both before the first exchange
+        checks.is_group("usp_attention", group)
     attend = partial(ring_attention, group=ring, backend=backend, zigzag=zigzag)
     return ulysses_attention(q, k, v, ulysses, backend, causal=causal, attend=attend)
