@@ -391,3 +391,18 @@ def sizes_of_other_integers(world: Group) -> list[str]:
 
 def test_sizes_may_be_arrays_tensors_and_their_entries() -> None:
     run_ranks(sizes_of_other_integers, 2)
+
+
+def test_slices_that_leave_their_tensor_on_an_axis() -> None:
+    """Nothing can raise for data there: outside operand are zeros, and what output has no room for is dropped."""
+    group = fcomm.axis("i", 2)
+    offsets, lands = torch.tensor([[-1, 2], [2, -1]]), torch.tensor([[0, 0], [3, 3]])
+    sizes = torch.full((2, 2), 3)
+
+    def exchange(x: Tensor, offsets: Tensor, lands: Tensor, sizes: Tensor) -> Tensor:
+        output = torch.full((5,), 9.0)
+        return fcomm.ragged_all_to_all(x, output, offsets, sizes, lands, sizes, group, fcomm.sim)
+
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    got = fcomm.simulate(exchange, group)(x, offsets, lands, sizes)
+    assert got.tolist() == [[0.0, 1.0, 2.0, 6.0, 0.0], [3.0, 0.0, 0.0, 0.0, 4.0]]

@@ -37,8 +37,9 @@ def ragged_all_to_all(
     Other rows of the result are output's. Any dtype. Received slices must not overlap; sent slices may.
     vjp: operand: ragged_all_to_all backwards, summed where sent slices overlap; output: the cotangent, zero on received
     rows. Traffic: the rows sent.
-    Raises FcommError if the shapes or dtypes do not fit, a slice leaves its tensor, or (MismatchError) send_sizes and
-    recv_sizes of two ranks differ.
+    Raises ArgumentError if the shapes or dtypes do not fit; between processes also if a slice leaves its tensor, and
+    MismatchError if send_sizes and recv_sizes of two ranks differ. Simulated ranks, which cannot raise for data, and a
+    rank alone read zeros outside operand, and drop rows outside output.
     """
     places = input_offsets, send_sizes, output_offsets, recv_sizes
     _check(operand, output, places, group, backend)
@@ -131,8 +132,9 @@ def _spec(
             x = torch.cat([xs[s], xs[s].new_full((1, *xs[s].shape[1:]), zero)])
             start, size = output_offsets[s][r], send_sizes[s][r]
             p = torch.arange(rows, device=x.device)
-            hit = (p >= start) & (p < start + size)
-            y = fold([y, x[torch.where(hit, p - start + input_offsets[s][r], x.shape[0] - 1)]], "sum")
+            row = p - start + input_offsets[s][r]
+            hit = (p >= start) & (p < start + size) & (row >= 0) & (row < xs[s].shape[0])
+            y = fold([y, x[torch.where(hit, row, x.shape[0] - 1)]], "sum")
             received = received | hit
         ys.append(_choose(received, y, torch.zeros_like(y)) if dtype.is_floating_point or dtype.is_complex else y)
     return ys
