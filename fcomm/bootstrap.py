@@ -93,6 +93,11 @@ def launcher_place(env: Mapping[str, str]) -> Place | None:
             "set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there, on every rank"
         )
     port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else 20000 + int(digest(job), 16) % 12000
+    if not 0 < port < 2**16:
+        raise RendezvousError(
+            f"init: MASTER_PORT is {port} in the environment; set it to a free port of rank 0's host, 1 .. 65535, the "
+            "same on every rank"
+        )
     # Under torchrun the agent serves the store and every rank is a client.
     agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Place("init", rank, size, host, port, serve=rank == 0 and not agent)

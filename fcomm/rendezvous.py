@@ -240,16 +240,21 @@ def stateless_group(
 ) -> Group:
     """A group of its own TCPStore at host:port, served by rank 0; no torch.distributed state is read or made.
 
-    Raises RendezvousError naming the missing, duplicate or disagreeing ranks after timeout_s seconds.
+    host, port: an address of rank 0's host that all ranks reach, and a free port there; a group of one rank may pass 0.
+    Raises RendezvousError naming the missing, duplicate or disagreeing ranks after timeout_s seconds, ArgumentError for
+    numbers that make no group.
     """
     timeout_s = check_timeout("stateless_group", timeout_s)
+    _check_name("stateless_group", name)
     for option, value in (("port", port), ("rank", rank), ("size", size)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise ArgumentError(f"stateless_group: {option} of '{name}' is {value!r}; pass an int")
-    if not isinstance(host, str) or not 0 <= port < 2**16:
+    if size < 1:
+        raise ArgumentError(f"stateless_group: size of '{name}' is {size}; pass the number of its ranks, 1 or more")
+    if not isinstance(host, str) or not (0 < port < 2**16 or (port == 0 and size == 1)):
         raise ArgumentError(
             f"stateless_group: '{name}' is to meet at host {host!r}, port {port}; pass the name or address of rank 0's "
-            "host, and a port below 65536 that is free there"
+            "host, and a port of 1 .. 65535 that is free there"
         )
     if not 0 <= rank < size:
         raise ArgumentError(
@@ -311,6 +316,8 @@ def from_device_mesh(
     names = mesh.mesh_dim_names or ()
     if dim is None and mesh.ndim != 1:
         raise ArgumentError(f"from_device_mesh: the mesh has dimensions {names or mesh.ndim}; name one of them")
+    if not isinstance(dim, str | int | None) or isinstance(dim, bool):
+        raise ArgumentError(f"from_device_mesh: dim is {dim!r}; pass the name or the number of a dimension")
     if isinstance(dim, str) and dim not in names:
         raise ArgumentError(f"from_device_mesh: the mesh has no dimension {dim!r}; it has {names}")
     if isinstance(dim, int) and not -mesh.ndim <= dim < mesh.ndim:
@@ -334,6 +341,8 @@ def subgroup(parent: Group, ranks: Sequence[int], *, name: str, timeout_s: float
 
 def _subgroup(function: str, parent: Group, ranks: Iterable[int], name: str, timeout_s: float | None = None) -> Group:
     _check_parent(function, parent)
+    if hasattr(ranks, "tolist"):  # an array or a tensor
+        ranks = ranks.tolist()
     if not isinstance(ranks, Iterable):
         raise ArgumentError(f"{function}: ranks of '{name}' are {ranks!r}; pass a list of ranks of '{parent.name}'")
     members = tuple(ranks)

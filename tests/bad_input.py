@@ -212,7 +212,8 @@ BAD: list[tuple[Call, type[Exception], str]] = [
     (
         lambda g, b: fcomm.all_to_all(X, g, b, recv_sizes=[1, 1]),
         ArgumentError,
-        "all_to_all: uneven blocks need tiled=True and send_sizes; pass both",
+        "all_to_all: send_sizes is None, recv_sizes [1, 1] and tiled True on group 'world'; blocks of different "
+        "lengths need send_sizes and tiled=True",
     ),
     # ranks
     (

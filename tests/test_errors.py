@@ -35,13 +35,34 @@ BAD_GROUPS: list[tuple[Callable[[Group], Any], type[Exception], str]] = [
         lambda g: fcomm.stateless_group("127.0.0.1", 2**16, 0, 2, name="s"),
         ArgumentError,
         "stateless_group: 's' is to meet at host '127.0.0.1', port 65536; pass the name or address of rank 0's host, "
-        "and a port below 65536 that is free there",
+        "and a port of 1 .. 65535 that is free there",
     ),
     (
         lambda g: fcomm.stateless_group(7, 80, 0, 2, name="s"),
         ArgumentError,
         "stateless_group: 's' is to meet at host 7, port 80; pass the name or address of rank 0's host, "
-        "and a port below 65536 that is free there",
+        "and a port of 1 .. 65535 that is free there",
+    ),
+    (
+        lambda g: fcomm.stateless_group("127.0.0.1", 0, 0, 2, name="s"),
+        ArgumentError,
+        "stateless_group: 's' is to meet at host '127.0.0.1', port 0; pass the name or address of rank 0's host, "
+        "and a port of 1 .. 65535 that is free there",
+    ),
+    (
+        lambda g: fcomm.stateless_group("127.0.0.1", 80, 0, 0, name="s"),
+        ArgumentError,
+        "stateless_group: size of 's' is 0; pass the number of its ranks, 1 or more",
+    ),
+    (
+        lambda g: fcomm.stateless_group("127.0.0.1", 80, 0, 2, name=None),
+        ArgumentError,
+        "stateless_group: name is None; pass a non-empty string, the same on every rank",
+    ),
+    (
+        lambda g: fcomm.subgroup(g, torch.tensor([0, 2]), name="s"),
+        ArgumentError,
+        "subgroup: rank 2 of 's' is not in group 'world' of size 2; ranks count within it, 0 .. 1",
     ),
     (
         lambda g: fcomm.from_device_mesh(g.ranks, "tp"),

@@ -239,6 +239,11 @@ def test_first_host_of_a_slurm_node_list(nodes: str, host: str) -> None:
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "http"},
             "init: MASTER_PORT is 'http' in the environment; set it to a number",
         ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "65536"},
+            "init: MASTER_PORT is 65536 in the environment; set it to a free port of rank 0's host, 1 .. 65535, the "
+            "same on every rank",
+        ),
     ],
 )
 def test_a_wrong_environment_is_named(env: dict[str, str], text: str) -> None:
@@ -375,6 +380,7 @@ def with_torch_distributed(world: Group) -> list[str]:
         ("pp", "from_device_mesh: the mesh has no dimension 'pp'; it has ('dp', 'tp')"),
         (None, "from_device_mesh: the mesh has dimensions ('dp', 'tp'); name one of them"),
         (2, "from_device_mesh: dim is 2, the mesh has 2 dimensions; count from 0"),
+        (0.5, "from_device_mesh: dim is 0.5; pass the name or the number of a dimension"),
     ):
         try:
             fcomm.from_device_mesh(mesh, bad, name="bad")
@@ -432,7 +438,7 @@ def derived(world: Group) -> list[str]:
     else:
         order = fcomm.all_gather(torch.tensor([rank]), backwards, fcomm.c10d).tolist()
         expect("order", order, [3, 1, 0])
-        inner = fcomm.subgroup(backwards, [2, 0], name="inner")
+        inner = fcomm.subgroup(backwards, torch.tensor([2, 0]), name="inner")
         if inner.rank is not None:
             expect("inner", inner.ranks, (0, 3))
             expect("inner order", fcomm.all_gather(torch.tensor([rank]), inner, fcomm.c10d).tolist(), [0, 3])

@@ -54,7 +54,10 @@ def all_to_all(
     send = recv = None
     if send_sizes is not None or recv_sizes is not None:
         if not tiled or send_sizes is None:
-            raise ArgumentError("all_to_all: uneven blocks need tiled=True and send_sizes; pass both")
+            raise ArgumentError(
+                f"all_to_all: send_sizes is {send_sizes}, recv_sizes {recv_sizes} and tiled {tiled} on group "
+                f"'{group.name}'; blocks of different lengths need send_sizes and tiled=True"
+            )
         send, recv = _canonical_blocks(x, group, split_dim, concat_dim, send_sizes, recv_sizes)
     elif tiled:
         checks.divisible("all_to_all", x, split_dim, group)
