@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -15,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fcomm
-from fcomm.testing import check_collective, strategies
+from fcomm.testing import Case, check_case, check_collective, strategies
 
+CASE = Case("all_reduce", "", fcomm.all_reduce, lambda size: (3,))
 NOTE = Path(__file__).parent.parent / "notes" / "adding-a-collective.md"
 QUICK = settings(
     deadline=None, database=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck)
@@ -148,6 +150,31 @@ def test_sizes_routes_and_perms_are_valid(data: st.DataObject) -> None:
 def test_check_collective_names_what_it_does_not_know(what: str, options: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         check_collective(what, fcomm.sim, 2, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"case": "all_reduce"}, TypeError, "case is 'all_reduce'; pass a Case, or call check_collective"),
+        ({"backend": "sim"}, TypeError, "backend is 'sim'; pass a Backend, such as"),
+        ({"group": "i"}, TypeError, "group is 'i'; pass a Group, from"),
+        ({"backend": fcomm.cpu}, fcomm.FcommError, "group 'i' is a simulated axis, which backend 'cpu' cannot serve"),
+        ({"transforms": ["forwrd"]}, ValueError, r"transforms has \['forwrd'\] for all_reduce; choose among forward"),
+        (
+            {"case": replace(CASE, values="tie")},
+            ValueError,
+            r"values has \['tie'\] for all_reduce; choose among normal",
+        ),
+    ],
+)
+def test_check_case_names_what_it_cannot_take(options: dict[str, object], kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match="check_case: " + text):
+        check_case(**{"case": CASE, "backend": fcomm.sim, "group": fcomm.axis("i", 2), **options})
+
+
+def test_check_collective_names_a_backend_that_is_none() -> None:
+    with pytest.raises(TypeError, match="check_collective: backend is 'sim'; pass a Backend"):
+        check_collective("all_reduce", "sim", 2)
 
 
 def test_strategies_say_that_hypothesis_is_missing() -> None:

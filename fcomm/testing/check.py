@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fcomm.backends.stacked import sim
+from fcomm.errors import ArgumentError
 from fcomm.group import BACKENDS, Backend, Group, axis
 from fcomm.launch import run
 from fcomm.record import Record, default_params
-from fcomm.registration import RECORDS, apply, compiler_traces_derivatives
+from fcomm.registration import RECORDS, apply, check_call, compiler_traces_derivatives
 from fcomm.simulate import simulate
 from fcomm.testing.transforms import TRANSFORMS, Meaning
 
@@ -33,7 +34,8 @@ class Case:
     shape: size -> shape of x on each rank.
     aux: size -> further tensors, each with the ranks stacked in its leading dimension; no derivative by them.
     values: "normal", "ties" (few distinct values), "zeros" (some exact zeros), "integers".
-    replicated: "x" and "y" as in fcomm.define.
+    dtype: of x.  replicated: "x" and "y" as in fcomm.define.
+    sizes: the numbers of ranks that it has a meaning on; what loops over cases reads it, check_case does not.
     """
 
     name: str
@@ -48,10 +50,12 @@ class Case:
 
     @property
     def id(self) -> str:
+        """Its name in the names of tests and in what check_case returns."""
         return f"{self.name}-{self.label}" if self.label else self.name
 
     @property
     def differentiable(self) -> bool:
+        """Whether x has a derivative: integers and bool have none."""
         return self.dtype.is_floating_point or self.dtype.is_complex
 
 
@@ -158,7 +162,13 @@ def check_case(
     compiler: None for eager, or a torch.compile backend; all transforms are then one program, compiled with
     fullgraph=True, which takes half the time of one program each.
     device: where the programs' tensors are; the oracle's are on the CPU.
+    Raises ArgumentError for transforms and values that are not known, and compiled, what the compiler raises.
     """
+    if not isinstance(case, Case):
+        raise TypeError(f"check_case: case is {case!r}; pass a Case, or call check_collective")
+    check_call("check_case", (), group, backend)
+    transforms = list(transforms)
+    _refuse_unknown("check_case", case.name, transforms=(transforms, TRANSFORMS), values=([case.values], VALUES))
     values = _values(case, group.size)
     names = [n for n in transforms if not reason_to_leave_out(case, n, group.simulated, compiler is not None)]
     failures = []
@@ -178,6 +188,13 @@ def check_case(
                 expected = expected[rank] if isinstance(expected, Tensor) else tuple(e[rank] for e in expected)
             failures += _close(got, expected, f"{where}: {name}, {how}")
     return failures
+
+
+def _refuse_unknown(function: str, name: str, **options: tuple[Iterable[str], Iterable[str]]) -> None:
+    """options: what is given and what is known."""
+    for option, (given, known) in options.items():
+        if unknown := [value for value in given if value not in known]:
+            raise ArgumentError(f"{function}: {option} has {unknown} for {name}; choose among {', '.join(known)}")
 
 
 def _results(
@@ -250,21 +267,24 @@ def check_collective(
     backend: fcomm.sim, or a backend on which `size` processes are started; they import the module of the record's spec.
     params: the record's static parameters; left out, dims are 0, bools True, op "sum", ranks 0, lists None.
     shape: of x on each rank; left out, (2 * size, 3).
+    Raises ArgumentError for what it cannot check.
     """
     record = RECORDS.get(what) if isinstance(what, str) else what
-    if record is None:
-        raise ValueError(f"check_collective: no collective is named {what!r}; import the module that defines it")
-    for option, given, known in (
-        ("params", params or {}, record.params),
-        ("transforms", transforms, TRANSFORMS),
-        ("values", [values], VALUES),
-    ):
-        if unknown := [name for name in given if name not in known]:
-            raise ValueError(
-                f"check_collective: {option} has {unknown} for {record.name}; choose among {', '.join(known)}"
-            )
+    if not isinstance(record, Record):
+        raise ArgumentError(f"check_collective: no collective is named {what!r}; import the module that defines it")
+    if not isinstance(backend, Backend):
+        raise TypeError(f"check_collective: backend is {backend!r}; pass a Backend, such as fcomm.sim or fcomm.c10d")
+    _refuse_unknown(
+        "check_collective",
+        record.name,
+        params=(params or {}, record.params),
+        transforms=(transforms, TRANSFORMS),
+        values=([values], VALUES),
+    )
     if record.tensors != ("x",):
-        raise ValueError(f"check_collective: {record.name} takes {record.tensors}; write a Case with a call of its own")
+        raise ArgumentError(
+            f"check_collective: {record.name} takes {record.tensors}; write a Case with a call of its own"
+        )
     filled = {**default_params(record), **(params or {})}
     shape = tuple(shape if shape is not None else (2 * size, 3))
     described = (record.name, record.spec.__module__, filled, shape, values, dtype)
