@@ -31,7 +31,7 @@ _NAMES = {code: str(dtype).removeprefix("torch.") for dtype, code in CODES.items
 
 def name(code: int) -> str:
     """The name of the dtype of that code, which another process may have sent."""
-    return _NAMES.get(code, f"a dtype unknown to torch {torch.__version__} ")
+    return _NAMES.get(code, f"a dtype unknown to torch {torch.__version__} ")  # a shape follows, in brackets
 
 
 def carrier(dtype: torch.dtype) -> torch.dtype:

@@ -1,10 +1,12 @@
-"""What can go wrong, one type each: every one is a FcommError, and the built-in exception it corresponds to, if any."""
+"""What can go wrong, one type each: all are FcommErrors, and the built-in exception that corresponds, if any."""
 
 from collections.abc import Iterable
 
 
 class FcommError(RuntimeError):
     """The base of all errors here. By itself a local mistake: nothing was sent, and the group stays usable.
+
+    From fcomm.run it says by itself that a rank failed, with that rank's traceback.
 
     op, group, rank: the collective, the name of its group, and this process's rank in it, where the error concerns one.
     culprits: the ranks within the group that caused it, as far as this rank can know.

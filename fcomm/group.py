@@ -98,7 +98,7 @@ GROUPS: dict[str, Group] = {}
 BACKENDS: dict[str, Backend] = {}
 # graph_keys of the groups by key: a compiler may take a group's numbers for symbols, which no text can hold.
 GRAPH_KEYS: dict[str, tuple[str, str]] = {}
-# What calls by these names have found; a name that changes hands clears them.
+# Tables in which calls remember what they found under these names; a name that changes hands empties them.
 FOUND: list[dict[Any, Any]] = []
 
 
@@ -119,7 +119,7 @@ def forget_group(group: Group) -> None:
 
 
 def forget_found() -> None:
-    """Empty what calls have found."""
+    """Empty these tables."""
     for found in FOUND:
         found.clear()
 

@@ -27,9 +27,9 @@ T = TypeVar("T")
 
 # After the first failure the other ranks get this long to fail by themselves, so that their errors can be shown too.
 _GRACE_S = 2.0
-# The server process tells how a rank ended at once, but for when it gets no core.
+# The server process tells at once how a rank ended, unless it gets no core.
 _STATUS_S = 10.0
-# What the process imports that ranks are forked from.
+# Imported by the server process, from which ranks are forked.
 _PRELOAD = ["fcomm.launch"]
 # Exit code of a rank that was started while it read the script that starts it.
 _UNGUARDED = 113
@@ -152,8 +152,9 @@ def _rank_main(call: bytes, environment: dict[str, str], timeout_s: float, pipe:
     threading.Thread(target=_end_with_caller, name="fcomm-caller", daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
-    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     try:
+        threads, *_ = environment.get("OMP_NUM_THREADS", "1").split(",")  # a list is for nested loops
+        torch.set_num_threads(int(threads))
         fn, args = pickle.loads(call)
         world = init(timeout_s=0.75 * timeout_s)
         result = fn(world, *args)

@@ -69,7 +69,7 @@ def why_silent(identities: Sequence[str]) -> tuple[list[int], str]:
 @functools.cache
 def _host() -> str:
     try:
-        namespace = os.readlink("/proc/self/ns/net").strip("net:[]")
+        namespace = os.readlink("/proc/self/ns/net").removeprefix("net:[").removesuffix("]")
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + "." + namespace
     except OSError:
         return socket.gethostname()
@@ -78,7 +78,7 @@ def _host() -> str:
 @functools.cache
 def _id_namespace() -> str:
     try:
-        return os.readlink("/proc/self/ns/pid").strip("pid:[]")
+        return os.readlink("/proc/self/ns/pid").removeprefix("pid:[").removesuffix("]")
     except OSError:
         return ""
 

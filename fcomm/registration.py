@@ -8,9 +8,9 @@ One call of define() turns a record into the op fcomm::<name> with every kernel 
     FuncTorchBatched            vmap; simulate, which is a vmap          moves the batch dim, or applies spec to ranks
     Meta                        compile, export                          the record's shape
 
-Why not custom_op with register_autograd: it refuses torch.func, gives silently zero tangents in forward
-mode, and costs three times as much a call. Why not an autograd.Function around a raw op: compiled torch.func.grad of
-it is silently zero. notes/0002-autograd-kernel.md has the measurements.
+Why not custom_op with register_autograd: it refuses torch.func.grad, gives silently zero tangents in forward mode, and
+costs three times as much a call. Why not an autograd.Function around a raw op: compiled torch.func.grad of it is
+silently zero. notes/0002-autograd-kernel.md has the measurements.
 """
 
 from __future__ import annotations
@@ -786,9 +786,10 @@ def constant_to_compiler(fn: _F) -> _F:
 
 
 def holds(fact: bool) -> bool:
-    """fact; of lengths that a graph reads from a tensor True, and the compiler is told.
+    """fact; or True where it is about lengths that a graph reads from a tensor, which are not known while it is traced.
 
-    The graph checks it whenever it runs; but where a length is said to be equal to another, torch takes one for both.
+    The compiler is told, and the graph checks the fact whenever it runs; but of two lengths that are said to be equal
+    torch takes one for both.
     """
     if not torch.compiler.is_compiling():
         return fact

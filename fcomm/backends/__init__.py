@@ -20,9 +20,11 @@ and returns a new contiguous tensor, no view of another. Off-root results and ab
 Arithmetic is that of fcomm/arithmetic.py: sums in rank order, half types accumulated in float32, NaN wins in max, min.
 Where a vendor's library sums natively, the order of summation is the library's (notes/0050-device-lowerings.md).
 
-barrier(x, group) returns a copy of x after all ranks arrived; send(x, group, dst) an empty tensor; recv(after, like,
-group, src) ignores after. all_to_all's send_sizes and recv_sizes are this rank's, along split_dim and concat_dim.
-Ranks that disagree on sizes raise MismatchError, all of them; they never wait for bytes that do not come.
+barrier(x, group) returns a copy of x after all ranks arrived; send(x, group, dst, derivative) returns an empty tensor;
+recv(after, like, group, src, derivative) ignores after. derivative says which derivative of a call the message belongs
+to (notes/0033-send-does-not-wait.md), and recv refuses a message of another. all_to_all's send_sizes and recv_sizes are
+this rank's, along split_dim and concat_dim. Ranks that disagree on sizes raise MismatchError, all of them; they never
+wait for bytes that do not come.
 
 What a machine lacks is composed of what it has, or is a row of its `unsupported` table with the reason.
 """

@@ -1,4 +1,4 @@
-"""cpu: ranks of one host over shared memory, by the engine in fcomm/csrc; ratios to others in notes/0039-cpu-speed.md.
+"""cpu: ranks of one host over shared memory, by the engine in fcomm/csrc; figures in notes/0041-benchmark-table.md.
 
 Every collective that moves or folds blocks is one call of the engine, with blocks of any dim left where they are. The
 fingerprint of a call (shape, dtype, options) lies beside its flag, so ranks that ask for different things all raise. A

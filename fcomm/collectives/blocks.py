@@ -60,7 +60,7 @@ def _all_gather_shape(
 
 
 def own_block(x: Tensor, rank: int, size: int, dim: int) -> Tensor:
-    """The block of rank, of `size` equal ones along dim."""
+    """The block of rank when x is cut into `size` equal ones along dim."""
     length = x.shape[dim] // size
     return x.narrow(dim, rank * length, length)
 

@@ -15,7 +15,7 @@ from fcomm.registration import holds, not_a_group, not_a_tensor, refuse_nested
 
 
 def is_tensor(name: str, option: str, x: object) -> None:
-    """x must be a tensor; what can take part otherwise, apply checks."""
+    """x must be a tensor; apply checks the rest."""
     if not isinstance(x, Tensor):
         raise not_a_tensor(name, option, x)
 
@@ -83,7 +83,7 @@ def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) 
 
 
 def integer(number: object, none: int = -1) -> int:
-    """The int that a numpy integer or a tensor of one integer is; `none` for what is none, bool too."""
+    """number as an int: of numpy, or a tensor of one integer, too; `none` where it is no integer, as a bool is not."""
     if isinstance(number, bool) or (isinstance(number, Tensor) and number.dtype == torch.bool):
         return none
     try:

@@ -3,8 +3,8 @@
 The cost of a small collective is the call, so a list of small tensors goes as one. Being compositions, these need no
 rules of their own.
 
-Results of one dtype are parts of one tensor, as torch knows: where a derivative reads one of them, y.sin()'s for
-example, and another is changed in place, backward raises. Change a clone() then.
+Results of one dtype are parts of one tensor, and torch knows it: where a derivative has saved one of them, as that of
+y.sin() does, and another is changed in place, backward raises. Change a clone() instead.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ def send(x: Tensor, group: Group, backend: Backend, *, dst: int | None = None) -
         rank 0  send(x, .., dst=1)
         rank 1  recv(like, .., src=0)  ->  x
 
-    The token is an empty tensor of x's dtype (on a simulated axis it carries x). Pass it to recv(after=token), or add
-    token.sum() to the loss: a rank that never differentiates it does not take the cotangent that its receiver sends,
-    and the next message from there raises MismatchError.
+    The token is an empty tensor of x's dtype (on a simulated axis, and on a rank alone, it carries x). Pass it to
+    recv(after=token), or add token.sum() to the loss: a rank that never differentiates it does not take the cotangent
+    that its receiver sends, and the next message from there raises MismatchError.
     dst: a rank within the group; on a simulated axis, where every rank runs this call, leave it out or use ppermute.
     Any dtype. vjp: recv from dst. Traffic: x's bytes.
     Raises FcommError if dst is not another rank of the group.
@@ -36,8 +36,9 @@ def recv(
 
     after: a token of send. The receive, and in backward its send, keeps its place after that send; in a ring, where all
     ranks send and then receive, always pass it.
-    vjp: send to src. The cotangent is sent if after is part of what is differentiated, as it is where the x of its send
-    is; without after, if like is, and always in backward(): detach the result where the sender wants no cotangent.
+    vjp: send to src. With after, the cotangent is sent if after is differentiated, that is if the x of its send is.
+    Without after, it is sent if like is differentiated, and in backward() always: detach the result where the sender
+    wants no cotangent.
     Traffic: x's bytes.
     Raises FcommError if src is not another rank of the group, MismatchError where the message has another shape or
     dtype than like, or is a derivative that this rank did not take when it came.

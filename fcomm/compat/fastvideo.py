@@ -163,7 +163,7 @@ class StatelessProcessGroup:
     """Exchanges small Python values between the ranks of a group, through the group's store; no pickle.
 
     Values are None, bool, int, float, str, bytes, torch.dtype, tensors on the CPU, whose gradient stays behind, and
-    lists, tuples, sets, dicts, OrderedDicts and torch.Size of them. Anything else is a TypeError at its sender, and a
+    lists, tuples, sets, dicts, OrderedDicts and torch.Size of them. Anything else is a TypeError at its sender, and an
     FcommError at its receivers. Every message has a key of its own sender, receiver and number, and is deleted when it
     has been read. group is a Group with everything a Group has: pass it to collectives.
     """

@@ -149,5 +149,5 @@ def _of_name(name: str) -> str:
         return _of_name_in_torch(name)
     except (RuntimeError, ValueError) as error:
         raise ArgumentError(
-            f"group is '{name}', which names neither a Group nor a ProcessGroup of this process"
+            f"group is '{name}', which names neither a Group nor a ProcessGroup of this process; make one, or pass it"
         ) from error

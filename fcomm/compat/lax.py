@@ -455,7 +455,10 @@ def _check_own(
     """x must have a row of dim for each rank of a block; tiled: a part."""
     n = _size(name, group, backend, blocks)
     if x.shape[dim] % n if tiled else x.shape[dim] != n:
-        raise ArgumentError(f"{name}: an axis of length {x.shape[dim]} does not fit blocks of {n} ranks")
+        raise ArgumentError(
+            f"{name}: an axis of length {x.shape[dim]} does not fit blocks of {n} ranks; "
+            + (f"pass a multiple of {n}" if tiled else f"pass {n}, a row for each")
+        )
 
 
 def _own(

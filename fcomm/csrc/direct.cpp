@@ -14,8 +14,8 @@ namespace {
 constexpr int kSegments = 64;
 // The most of one system call: a peer's failure is looked for in between.
 constexpr std::size_t kMostBytes = 1 << 20;
-// What a rank offers whose result nobody writes to, and rank 0 if the call is to go through slots; all others are
-// addresses, or 0 for none.
+// What a rank offers whose result nobody writes to, and what rank 0 offers if the call is to go through slots, in two
+// phases or in one; all others are addresses, or 0 for none.
 constexpr std::uint64_t kNothing = 1, kThroughSlots = 2, kInOnePhase = 3;
 
 iovec segment(char *at, std::size_t nbytes) { return {at, nbytes}; }

@@ -145,7 +145,7 @@ fcomm_status fcomm_permute(const void *in, void *out, size_t nbytes, int source,
                            fcomm_comm *);
 fcomm_status fcomm_barrier(uint64_t tag, fcomm_comm *);
 // send() never waits for the receiver: what the ring between the two does not take is copied and sent on by later
-// calls on the communicator, and by close().
+// calls on any communicator of the process, and by close().
 fcomm_status fcomm_send(const void *in, size_t nbytes, const fcomm_signature *, int destination, fcomm_comm *);
 fcomm_status fcomm_recv(void *out, size_t nbytes, const fcomm_signature *, int source, fcomm_signature *got,
                         fcomm_comm *);

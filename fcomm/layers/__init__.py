@@ -1,13 +1,14 @@
 """Parallel layers: pure functions over tensors, groups and backends, composed of the collectives.
 
-    tensor.py     column_linear, row_linear, vocab_parallel_embedding, vocab_parallel_cross_entropy, attention, mlp
+    tensor.py     column_linear, row_linear, vocab_parallel_embedding, vocab_parallel_cross_entropy, attention, mlp,
+                  transformer_block; enter and leave, which these are made of; rms_norm
     sequence.py   ulysses_attention, ring_attention, usp_attention, zigzag_order, partition
     expert.py     route, moe_capacity, moe_ragged, moe_uneven, expert_counts, masked_experts
     data.py       replicate, mean_gradients, shard_parameters, gather_parameters
     pipeline.py   gpipe, one_f_one_b, from_last
-    attend.py     attention on one rank
-    gpt.py        a worked model: a small GPT under dp x sp x tp
-    diffusion.py  a worked model: a diffusion transformer block whose patches are cut over the ranks
+    attend.py     dot_product_attention, fused_attention: on one rank
+    gpt.py        a worked model: a small GPT under dp x sp x tp; gpt_loss, init_params, cut, own_tokens
+    diffusion.py  a worked model: diffusion_block, a transformer block whose patches are cut over the ranks
 
 Each module's text says which tensor lives where, and what is communicated. Parameters are arguments: put them in an
 nn.Module, in a dict for torch.func.functional_call, or in a vmapped ensemble.

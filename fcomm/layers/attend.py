@@ -21,7 +21,7 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> T
     """softmax(q k^T / sqrt(C)) v in plain operations, so that every transform of torch works on it.
 
     q: [B S H C]. k, v: [B T K C]; key head h serves query heads h*H/K and on. causal: position s sees t <= s.
-    Scores have q's dtype: a row in which one is more than float16 has is NaN, where fused_attention's is not.
+    Scores are in q's dtype: a row with one beyond float16's range is NaN, where fused_attention's is not.
     Raises ArgumentError if H is not a multiple of K.
     """
     check_heads("dot_product_attention", q, k)

@@ -43,7 +43,7 @@ def gpipe(stage: Callable[[Tensor], Tensor], micro: Tensor, group: Group, backen
 
     stage: this rank's stage, [..] -> [..] of one shape. In ticks without a micro-batch it runs on the first one that it
     gets, and nobody reads the result; so micro-batch 0 passes all stages before tick 0 too, without a derivative.
-    stage keeps no count of its calls, then. torch.utils.checkpoint around it keeps its inputs only.
+    stage must not depend on how often it is called. torch.utils.checkpoint around it keeps its inputs only.
     Traffic: n-1 ppermutes of a micro-batch to one rank, then M+n-2 ppermutes to all; backward M+n-2.
     Raises ArgumentError if there is no micro-batch.
     """

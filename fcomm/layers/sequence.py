@@ -130,7 +130,8 @@ def own_row(table: Tensor, index: Tensor) -> Tensor:
 
 # Attention to some of the keys: the weighted mean of the values [B H S C], the sum of the weights [B H S 1], and the
 # score that all weights are relative to [B H S 1]. Where two parts meet, the lower one is scaled to the higher (online
-# softmax). The values are a mean, and sums of half types float32: a sum over positions may be more than float16 has.
+# softmax). The values are a mean, and the sums are in float32 for half types: over many positions a sum may be beyond
+# float16's range.
 Part = tuple[Tensor, Tensor, Tensor]
 
 

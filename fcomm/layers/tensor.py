@@ -136,7 +136,7 @@ def vocab_parallel_cross_entropy(
     derivative; one sums two rows, sum(exp(logits - max)) and the target's logit - max, which one rank has, half types
     in float32.
     """
-    target = target.long()  # what gather takes; and ignore_index may be no number of a narrow type
+    target = target.long()  # what gather takes; and ignore_index may not fit into a narrow type
     row, mine = _own_entries(target, logits.shape[-1], group, backend)
     if vocab is not None:
         entry = axis_index(group, backend).to(target.device) * logits.shape[-1] + _arange(logits.shape[-1], target)
@@ -146,7 +146,7 @@ def vocab_parallel_cross_entropy(
     own_target = shifted.gather(-1, row.unsqueeze(-1)).squeeze(-1)
     # masked_fill, not a product: the entry looked up in vain may be the -inf of a padded one.
     own_target = own_target.masked_fill(~mine, 0.0)
-    # In float32: a vocabulary of ones may add up to more than float16 has.
+    # In float32: the sum over a large vocabulary may be beyond float16's range.
     wide = torch.promote_types(logits.dtype, torch.float32)
     rows = torch.stack([shifted.exp().sum(-1, dtype=wide), own_target.to(wide)])
     total, target_logit = all_reduce_invariant(rows, group, backend).unbind(0)
