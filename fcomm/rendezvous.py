@@ -274,7 +274,8 @@ def from_process_group(
 ) -> Group:
     """The ranks of a torch.distributed group, which backend c10d then uses as it is. It stays the caller's to destroy.
 
-    ranks are global torch.distributed ranks, in group order. Communicates nothing.
+    pg: None is torch.distributed's default group. ranks are global torch.distributed ranks, in group order.
+    Communicates nothing.
     Raises FcommError if torch.distributed is not initialised, pg has no store, or a live group has that name.
     """
     timeout_s = check_timeout("from_process_group", timeout_s)
@@ -334,7 +335,8 @@ def subgroup(parent: Group, ranks: Sequence[int], *, name: str, timeout_s: float
     """The group of some ranks of parent, in the order given; ranks count within parent. Communicates nothing.
 
     Every rank of parent may call it; where this process is not among ranks, the result's rank is None and a collective
-    on it raises FcommError. Raises FcommError on empty, repeated or out-of-range ranks.
+    on it raises FcommError. timeout_s: as in init; left out, that of parent.
+    Raises FcommError on empty, repeated or out-of-range ranks, or if a live group has that name.
     """
     return _subgroup("subgroup", parent, ranks, name, timeout_s)
 

@@ -368,6 +368,14 @@ def test_errors_name_the_remedy() -> None:
         layers.zigzag_order(6, 2)
     with pytest.raises(fcomm.FcommError, match="'tp' is not a group of processes that this one belongs to; use gpipe"):
         layers.one_f_one_b(lambda p, x: x, lambda y, m: y.sum(), {}, q, TP, fcomm.sim)
+    with pytest.raises(TypeError, match=r"target is torch.float64; pass integers"):
+        layers.vocab_parallel_cross_entropy(q, q[..., 0], TP, fcomm.sim)
+    with pytest.raises(
+        fcomm.FcommError, match=r"target has shape \(3,\) and logits \(1, 3, 2, 2\); pass one target for"
+    ):
+        layers.vocab_parallel_cross_entropy(q, torch.zeros(3).long(), TP, fcomm.sim)
+    with pytest.raises(fcomm.FcommError, match=r"one_f_one_b: loss returned shape \(3, 2, 2\); return one number"):
+        layers.one_f_one_b(lambda p, x: x, lambda y, m: y, {}, q, fcomm.init(name="alone"), fcomm.cpu)
     with pytest.raises(fcomm.FcommError, match=r"q of shape \(1, 3, 2, 2\) has 2 heads and k of shape .* 3; pass"):
         layers.ulysses_attention(q, q.repeat(1, 1, 2, 1)[:, :, :3], q, TP, fcomm.sim)
     with pytest.raises(fcomm.FcommError, match=r"route: k is 5, and router has 4 experts; choose 1 .. 4"):

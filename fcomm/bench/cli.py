@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import fcomm
-from fcomm.arithmetic import check_op
+from fcomm.arithmetic import OPS, check_op
 from fcomm.bench import compiled, launch, plot, report
 from fcomm.bench.plan import DTYPES, Plan, machines, measurable
 from fcomm.bench.programs import build
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("-f", "--stepfactor", type=_positive, default=4, help="factor between sizes (4)")
     sizes.add_argument("-i", "--stepbytes", type=nbytes, help="or the difference between sizes")
     sizes.add_argument("-d", "--datatype", default="float", help=f"one of: {' '.join(DTYPES)}")
-    sizes.add_argument("-o", "--op", default="sum", help="sum mean max min prod, where the collective reduces")
+    sizes.add_argument("-o", "--op", default="sum", help=f"where the collective reduces, one of: {' '.join(OPS)} (sum)")
     sizes.add_argument("-r", "--root", type=int, default=0, help="root, where it has one (0)")
     sizes.add_argument("-n", "--iters", type=_positive, default=0, help="calls per round (as many as fit in 10 ms)")
     sizes.add_argument("-w", "--warmup_iters", type=_positive, default=2, help="calls before the rounds (2)")
@@ -188,7 +188,11 @@ def _collectives(names: Sequence[str]) -> tuple[str, ...]:
         return tuple(known)
     for name in names:
         if name in RECORDS and name not in known:
-            how = "it is measured with send" if name == "recv" else "its record states no bus traffic (busbw)"
+            how = (
+                "it is measured with send, so name that"
+                if name == "recv"
+                else "its record states no bus traffic (busbw)"
+            )
             raise ValueError(f"{name} cannot be measured by itself: {how}")
         _one_of("collective", name, known)
     return tuple(dict.fromkeys(names))

@@ -98,11 +98,12 @@ def one_f_one_b(
     The sum is float32, or float64 where micro is. The gradient has the floating and complex params; others, such as a
     counter, reach stage only. Both are constants for what is differentiated outside.
 
-    stage(params, x): this rank's stage, [..] -> [..] of one shape. loss(y, m): of the last stage's result for
-    micro-batch m; called on the last rank only. micro: [M ..], the first rank's are used, all have one shape.
+    stage(params, x): this rank's stage, [..] -> [..] of one shape. loss(y, m): one number, of shape (), for the last
+    stage's result for micro-batch m; called on the last rank only. micro: [M ..], the first rank's are used, all have
+    one shape.
     in_flight: micro-batches whose backward is outstanding; left out, n - rank, which is 1F1B; M is GPipe's order.
     Traffic: M sends and M recvs of a micro-batch's bytes each way, and one all_reduce of the loss.
-    Raises ArgumentError on a simulated axis.
+    Raises ArgumentError on a simulated axis, and if loss returns anything but one number.
     """
     checks.is_group("one_f_one_b", group)
     if group.simulated or group.rank is None:
@@ -122,6 +123,10 @@ def one_f_one_b(
             return loss(y, m) if last else send(y, group, backend, dst=rank + 1)
 
         result, pull = vjp(program, inexact, torch.zeros_like(micro[m]))[:2]
+        if last and result.dim():
+            raise ArgumentError(
+                f"one_f_one_b: loss returned shape {tuple(result.shape)}; return one number, of shape ()"
+            )
         pending.append((result, pull))
 
     def backward() -> None:

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fcomm.collectives import all_gather, all_reduce, all_reduce_invariant, axis_index, pvary, reduce_scatter
+from fcomm.errors import ArgumentError
 from fcomm.group import Backend, Group
 from fcomm.layers.attend import Attend, dot_product_attention
 from fcomm.layers.data import replicate
@@ -135,7 +136,18 @@ def vocab_parallel_cross_entropy(
     Two all_reduces of [B S] forward, none backward: one takes the maximum, which only keeps exp in range and has no
     derivative; one sums two rows, sum(exp(logits - max)) and the target's logit - max, which one rank has, half types
     in float32.
+    Raises TypeError if target is not of integers, as probabilities are not, ArgumentError if it has another shape.
     """
+    if target.is_floating_point() or target.is_complex():
+        raise TypeError(
+            f"vocab_parallel_cross_entropy: target is {target.dtype}; pass integers, an entry of the vocabulary for "
+            "each position"
+        )
+    if target.shape != logits.shape[:-1]:
+        raise ArgumentError(
+            f"vocab_parallel_cross_entropy: target has shape {tuple(target.shape)} and logits {tuple(logits.shape)}; "
+            "pass one target for each position, logits without its last dim"
+        )
     target = target.long()  # what gather takes; and ignore_index may not fit into a narrow type
     row, mine = _own_entries(target, logits.shape[-1], group, backend)
     if vocab is not None:
