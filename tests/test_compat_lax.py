@@ -231,6 +231,8 @@ def test_under_vmap_and_compiled() -> None:
     [
         (lambda x: lax.psum(x, *HANDLES, axis_index_groups=[[0, 1], [2, 2]]), "put each rank of 0 .. 3 into one block"),
         (lambda x: lax.psum(x, *HANDLES, axis_index_groups=[[0, 1, 2, 3], []]), "no block empty"),
+        (lambda x: lax.psum(x, *HANDLES, axis_index_groups=4), "axis_index_groups is 4; put each rank of 0 .. 3 into"),
+        (lambda x: lax.pmean(x, *HANDLES, axis_index_groups=[0, 1, 2, 3]), "put each rank of 0 .. 3 into one block"),
         (lambda x: lax.all_gather(x, *HANDLES, axis_index_groups=[[0, 1, 2], [3]]), "all of a length"),
         (lambda x: lax.all_to_all(x, *HANDLES, 0, 0, axis_index_groups=[[0, 1, 2], [3]]), "all of a length"),
         (lambda x: lax.psum_scatter(x, *HANDLES, axis_index_groups=[[0, 1, 2], [3]]), "all of a length"),

@@ -54,12 +54,12 @@ def pmean(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks
 
     With axis_index_groups of different lengths the sums are divided by the length of the first, as in JAX.
     """
-    unequal = axis_index_groups is not None and len({len(block) for block in axis_index_groups}) > 1
+    n = _size("pmean", group, backend, axis_index_groups)
+    unequal = axis_index_groups is not None and any(len(block) != n for block in axis_index_groups)
 
     def leaf(v: Any) -> Any:
         v = v if isinstance(v, _NUMBERS) else _array(v)
         if unequal or isinstance(v, _NUMBERS) or not (v.is_floating_point() or v.is_complex()):
-            n = _size("pmean", group, backend, axis_index_groups)
             if isinstance(v, Tensor) and v.is_floating_point() and v.dtype.itemsize < 4:  # rounded once, as elsewhere
                 return (psum(v.float(), group, backend, axis_index_groups=axis_index_groups) / n).to(v.dtype)
             return psum(v, group, backend, axis_index_groups=axis_index_groups) / n
@@ -233,6 +233,7 @@ def ragged_all_to_all(
         ("output_offsets", output_offsets),
         ("recv_sizes", recv_sizes),
     ):
+        checks.is_tensor("ragged_all_to_all", name, v)
         if v.dtype.is_floating_point or v.dtype.is_complex or v.dtype == torch.bool:
             raise ArgumentError(f"ragged_all_to_all {name} must be integer type, got {v.dtype}")
         if v.dim() != 1 or v.shape[0] < 1:
@@ -423,8 +424,11 @@ def _size(name: str, group: Groups, backend: Backend, blocks: Blocks) -> int:
     if blocks is None:
         return n
     _some_groups(name, group)
-    lengths = {len(block) for block in blocks}
-    if sorted(checks.integer(r) for block in blocks for r in block) != list(range(n)) or 0 in lengths:
+    try:
+        lengths, ranks = {len(block) for block in blocks}, sorted(checks.integer(r) for block in blocks for r in block)
+    except TypeError:  # no list of lists
+        lengths, ranks = {0}, []
+    if ranks != list(range(n)) or 0 in lengths:
         raise ArgumentError(
             f"{name}: axis_index_groups is {blocks!r}; put each rank of 0 .. {n - 1} into one block, no block empty"
         )
