@@ -145,6 +145,16 @@ def test_sizes_routes_and_perms_are_valid(data: st.DataObject) -> None:
             r"transforms has \['forwrd'\] for all_reduce; choose among forward",
         ),
         ("all_reduce", {"values": "tie"}, r"values has \['tie'\] for all_reduce; choose among normal, ties, zeros"),
+        (
+            "all_reduce",
+            {"transforms": ()},
+            "nothing of all_reduce would be checked by .*; choose among forward",
+        ),
+        (
+            "all_reduce",
+            {"transforms": ("vjp",), "dtype": torch.int32},
+            "nothing of all_reduce would be checked .*; torch.int32 has no derivative",
+        ),
     ],
 )
 def test_check_collective_names_what_it_does_not_know(what: str, options: dict[str, object], text: str) -> None:
@@ -160,6 +170,7 @@ def test_check_collective_names_what_it_does_not_know(what: str, options: dict[s
         ({"group": "i"}, TypeError, "group is 'i'; pass a Group, from"),
         ({"backend": fcomm.cpu}, fcomm.FcommError, "group 'i' is a simulated axis, which backend 'cpu' cannot serve"),
         ({"transforms": ["forwrd"]}, ValueError, r"transforms has \['forwrd'\] for all_reduce; choose among forward"),
+        ({"transforms": "vjp"}, TypeError, "transforms is 'vjp'; pass a list of names"),
         (
             {"case": replace(CASE, values="tie")},
             ValueError,

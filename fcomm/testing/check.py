@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +152,7 @@ def check_case(
     case: Case,
     backend: Backend,
     group: Group,
-    transforms: Iterable[str] = TRANSFORMS,
+    transforms: Collection[str] = TRANSFORMS,
     *,
     compiler: str | None = None,
     device: str = "cpu",
@@ -167,7 +167,6 @@ def check_case(
     if not isinstance(case, Case):
         raise TypeError(f"check_case: case is {case!r}; pass a Case, or call check_collective")
     check_call("check_case", (), group, backend)
-    transforms = list(transforms)
     _refuse_unknown("check_case", case.name, transforms=(transforms, TRANSFORMS), values=([case.values], VALUES))
     values = _values(case, group.size)
     names = [n for n in transforms if not reason_to_leave_out(case, n, group.simulated, compiler is not None)]
@@ -193,6 +192,8 @@ def check_case(
 def _refuse_unknown(function: str, name: str, **options: tuple[Iterable[str], Iterable[str]]) -> None:
     """options: what is given and what is known."""
     for option, (given, known) in options.items():
+        if isinstance(given, str):
+            raise TypeError(f"{function}: {option} is {given!r}; pass a list of names")
         if unknown := [value for value in given if value not in known]:
             raise ArgumentError(f"{function}: {option} has {unknown} for {name}; choose among {', '.join(known)}")
 
@@ -257,7 +258,7 @@ def check_collective(
     shape: Sequence[int] | None = None,
     values: str = "normal",
     dtype: torch.dtype = torch.float64,
-    transforms: Sequence[str] = tuple(TRANSFORMS),
+    transforms: Collection[str] = tuple(TRANSFORMS),
     compiler: str | None = None,
     timeout_s: float = 120.0,
 ) -> None:
@@ -288,10 +289,17 @@ def check_collective(
     filled = {**default_params(record), **(params or {})}
     shape = tuple(shape if shape is not None else (2 * size, 3))
     described = (record.name, record.spec.__module__, filled, shape, values, dtype)
-    if backend.name == "sim":
+    case, simulated, compiled = _case(*described), backend.name == "sim", compiler is not None
+    reasons = [reason_to_leave_out(case, name, simulated, compiled) for name in transforms]
+    if None not in reasons:
+        raise ArgumentError(
+            f"check_collective: nothing of {record.name} would be checked by transforms={transforms!r}; "
+            + ("; ".join(dict.fromkeys(map(str, reasons))) or f"choose among {', '.join(TRANSFORMS)}")
+        )
+    if simulated:
         group = axis(record.name, size)
         failures = _shape_failures(record, filled, shape, values, dtype, group)
-        failures += check_case(_case(*described), backend, group, transforms, compiler=compiler)
+        failures += check_case(case, backend, group, transforms, compiler=compiler)
     else:
         ranks = run(_check_on_rank, size, described, backend.name, tuple(transforms), compiler, timeout_s=timeout_s)
         failures = [f"rank {r}: {text}" for r, texts in enumerate(ranks) for text in texts]
