@@ -9,10 +9,10 @@
     typed.py      pvary, all_reduce_invariant, all_gather_invariant, shard
     place.py      axis_index, axis_size, barrier
     coalesced.py  lists of tensors, one message per dtype
-    checks.py     what all of them refuse, in which words
+    checks.py     the arguments that all of them refuse, and the error texts
 
 Derivatives count every rank's output: the loss is the sum of all ranks' losses. In typed.py a value that is the same on
-all ranks counts once. Rules name their duals by public functions, so derivatives of any order follow.
+all ranks counts once. Rules call the dual collectives by their public functions, so derivatives of any order follow.
 """
 
 from fcomm.collectives.blocks import all_gather, reduce_scatter

@@ -29,10 +29,10 @@ def all_gather(
         rank 0  [a]      [a b]
         rank 1  [b]  ->  [a b]
 
-    x is [.., d, ..] at dim and the result [.., n*d, ..], n = group.size; with tiled=False the ranks get a new dimension
-    of length n at dim. sizes: the lengths d of the ranks where they differ; x.shape[dim] == sizes[rank] and the result
-    has sum(sizes). On a simulated axis, whose ranks have one shape, x is padded at dim to max(sizes); the padding is
-    not read. Any dtype.
+    x is [.., d, ..] at dim and the result [.., n*d, ..], n = group.size; with tiled=False the ranks are stacked in a
+    new dimension of length n at dim. sizes: the ranks' lengths d, if they differ; x.shape[dim] == sizes[rank] and the
+    result has sum(sizes). On a simulated axis, where all ranks have one shape, pad x at dim to max(sizes); the padding
+    is not read. Any dtype.
     vjp: reduce_scatter along dim. Traffic: (n-1)/n of the result's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if dim is out of range, or sizes does not fit x or the group.
     """
@@ -99,10 +99,10 @@ def reduce_scatter(
         rank 1  [b0 b1]  ->  [a1 + b1]
 
     x is [.., n*d, ..] and the result [.., d, ..] at dim, n = group.size; with tiled=False x.shape[dim] is n and the
-    result lacks dim. sizes: the lengths d of the ranks where they differ; x.shape[dim] == sum(sizes) and the result has
-    sizes[rank]. On a simulated axis, whose ranks have one shape, the result is padded with zeros to max(sizes).
+    result lacks dim. sizes: the ranks' lengths d, if they differ; x.shape[dim] == sum(sizes) and the result has
+    sizes[rank]. On a simulated axis, where all ranks have one shape, the result is padded with zeros to max(sizes).
     op: "sum", "mean", "max", "min", "prod", with all_reduce's arithmetic. max, min and prod are an all_to_all and a
-    local fold: the same traffic, and derivatives of the fold by torch.
+    local fold: the traffic is the same, and torch differentiates the fold.
     vjp: sum: all_gather along dim; mean: that divided by n.
     Traffic: (n-1)/n of x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if n does not divide x.shape[dim], or sizes does not fit; TypeError if op does not fit x's dtype.

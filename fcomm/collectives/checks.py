@@ -1,4 +1,4 @@
-"""Arguments of collectives: made canonical, or refused before any communication with the same text on every rank."""
+"""Arguments of collectives: made canonical, or refused before any communication, with the same text on every rank."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def is_group(name: str, group: object) -> None:
 
 
 def op_of(name: str, op: str, x: Tensor, allowed: Sequence[str] = OPS) -> None:
-    """op must be known, and have a meaning for x's dtype."""
+    """op must be known and have a meaning for x's dtype."""
     is_tensor(name, "x", x)
     check_op(name, op, x.dtype, allowed)
 
 
 def canonical_dim(name: str, option: str, dim: int, x: Tensor, group: Group, *, new: int = 0) -> int:
-    """dim of x, or of x with a number of new dimensions, counted from the front."""
+    """dim counted from the front, in x or in x with `new` more dimensions."""
     is_tensor(name, "x", x)
     is_group(name, group)
-    if x.is_nested:  # before its shape is asked for
+    if x.is_nested:  # before its shape is read
         refuse_nested(name)
     ndim = x.dim() + new
     at = dim if type(dim) is int else integer(dim, none=ndim)
@@ -72,7 +72,7 @@ def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) 
     if not isinstance(sizes, Sequence) and hasattr(sizes, "tolist"):  # an array or a tensor
         sizes = sizes.tolist()
     if isinstance(sizes, Sequence) and not isinstance(sizes, str):
-        # A symbolic size, under compile, is no int, and an index of it would fix its value.
+        # Under compile a symbolic size is not an int, and operator.index would fix its value.
         result = [s if isinstance(s, int | torch.SymInt) else integer(s) for s in sizes]
     if result is None or len(result) != group.size or any(isinstance(s, bool) or not holds(s >= 0) for s in result):
         raise ArgumentError(
@@ -83,7 +83,7 @@ def canonical_sizes(name: str, option: str, sizes: Sequence[int], group: Group) 
 
 
 def integer(number: object, none: int = -1) -> int:
-    """number as an int: of numpy, or a tensor of one integer, too; `none` where it is no integer, as a bool is not."""
+    """number as an int, also from numpy or a tensor of one integer; `none` if it is not an integer, or a bool."""
     if isinstance(number, bool) or (isinstance(number, Tensor) and number.dtype == torch.bool):
         return none
     try:
@@ -135,7 +135,7 @@ def same_message(name: str, message: Tensor, like: Tensor, group: Group) -> None
         )  # fmt: skip
 
 
-_PAIRS = (tuple, list, Sequence)  # the usual ones first: asking an abstract class takes long
+_PAIRS = (tuple, list, Sequence)  # the usual ones first: isinstance of an abstract class is slow
 
 
 def canonical_perm(name: str, perm: Sequence[tuple[int, int]], group: Group) -> tuple[int, ...]:
@@ -151,7 +151,7 @@ def canonical_perm(name: str, perm: Sequence[tuple[int, int]], group: Group) -> 
             )
         flat += pair
     n = group.size
-    # A call for each rank would take as long as all else here.
+    # A call for each rank would take as long as everything else here.
     flat = [
         rank if type(rank) is int and 0 <= rank < n else rank_in_group(name, "a rank in perm", rank, group)
         for rank in flat

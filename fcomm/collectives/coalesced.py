@@ -1,10 +1,10 @@
 """Lists of tensors, one message per dtype: flattened, communicated by the collective of that name, and cut apart.
 
-The cost of a small collective is the call, so a list of small tensors goes as one. Being compositions, these need no
-rules of their own.
+The cost of a small collective is the call, so a list of small tensors is sent as one. These functions are compositions,
+so they need no rules of their own.
 
-Results of one dtype are parts of one tensor, and torch knows it: where a derivative has saved one of them, as that of
-y.sin() does, and another is changed in place, backward raises. Change a clone() instead.
+Results of one dtype are parts of one tensor, and torch tracks their changes together: if a derivative has saved one of
+them, as that of y.sin() does, and another is changed in place, backward raises. Change a clone() instead.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _list(name: str, xs: Iterable[Tensor], group: Group, backend: Backend) -> li
 
 
 def _check_op(name: str, op: str, xs: Sequence[Tensor], allowed: Sequence[str]) -> None:
-    # Of all dtypes before the first is sent. An empty list has none: every op is known to integers.
+    # Check all dtypes before the first is sent. For an empty list check integers, which have every op.
     for dtype in dict.fromkeys(x.dtype for x in xs) or (torch.int64,):
         check_op(name, op, dtype, allowed)
 
@@ -98,14 +98,14 @@ def _by_dtype(
 ) -> list[Tensor]:
     """Concatenate the flats of one dtype, communicate, cut at the same places, shape each.
 
-    A flat is a column, [.., length, 1]: vmap of torch.cat forgets the batch of empty vectors.
+    A flat is a column, [.., length, 1], because vmap of torch.cat loses the batch of empty vectors.
     """
     ys: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(x.dtype for x in xs):
         places = [i for i, x in enumerate(xs) if x.dtype == dtype]
         lengths = [flats[i].shape[-2] for i in places]
         result = communicate(torch.cat([flats[i] for i in places], -2))
-        # Not split: torch refuses to let the caller write into one of several views.
+        # Not torch.split: torch does not let the caller write into one of its several views.
         for i, end, length in zip(places, accumulate(lengths), lengths, strict=True):
             ys[i] = result.narrow(-2, end - length, length).reshape(shapes[i])
     return [ys[i] for i in range(len(xs))]

@@ -34,20 +34,20 @@ def all_to_all(
         rank 0  [a0 a1]      [a0 b0]
         rank 1  [b0 b1]  ->  [a1 b1]
 
-    tiled: split_dim shrinks and concat_dim grows by n = group.size. tiled=False: x.shape[split_dim] is n, the result
-    lacks that dimension and has one of length n at concat_dim (counted without split_dim), as in jax.lax.all_to_all.
-    Any dtype.
+    tiled: split_dim shrinks and concat_dim grows by n = group.size. tiled=False: x.shape[split_dim] is n; the result
+    lacks that dimension and has a new one of length n at concat_dim (counted without split_dim), as in
+    jax.lax.all_to_all. Any dtype.
 
-    send_sizes, recv_sizes: lengths of the blocks along split_dim that this rank sends to each rank, and along
-    concat_dim that it receives from each. With split_dim == concat_dim they are this rank's row and column of the
-    matrix of all sends; send_sizes may be that matrix itself, and recv_sizes is then left out. With different dims the
-    two lists are the partitions of the two dimensions over the ranks, the same on every rank. On a simulated axis,
-    whose ranks have one shape, pass the matrix; x and the result are padded with zeros at their ends to the largest
+    send_sizes, recv_sizes: the lengths, along split_dim, of the blocks that this rank sends to each rank, and, along
+    concat_dim, of those that it receives from each. With split_dim == concat_dim they are this rank's row and column of
+    the matrix of all sends; send_sizes may also be that whole matrix; then leave recv_sizes out. With different dims
+    the two lists are the partitions of the two dimensions over the ranks, the same on every rank. On a simulated axis,
+    where all ranks have one shape, pass the matrix; x and the result are padded with zeros at their ends to the largest
     rank's length.
 
     vjp: all_to_all with dims and sizes swapped. Traffic: (n-1)/n of x's bytes per rank (nccl-tests, PERFORMANCE.md).
-    Raises FcommError if n does not divide x.shape[split_dim], or the sizes do not fit x or the group; MismatchError
-    where the ranks' sizes disagree.
+    Raises FcommError if n does not divide x.shape[split_dim], or the sizes do not fit x or the group; MismatchError if
+    the ranks' sizes disagree.
     """
     split_dim = checks.canonical_dim("all_to_all", "split_dim", split_dim, x, group)
     concat_dim = checks.canonical_dim("all_to_all", "concat_dim", concat_dim, x, group)
@@ -69,7 +69,7 @@ def all_to_all(
 def _canonical_blocks(
     x: Tensor, group: Group, split_dim: int, concat_dim: int, send_sizes: Sizes, recv_sizes: Sequence[int] | None
 ) -> tuple[list[int], list[int]]:
-    """send and recv as n lengths each; on a simulated axis with one dim as n*n, row by row, the sends of each rank."""
+    """send and recv, n lengths each; if one dim is split and joined on a simulated axis, all ranks' n*n, row by row."""
     n = group.size
     if isinstance(send_sizes, Sequence) and send_sizes and isinstance(send_sizes[0], Sequence):
         rows = [checks.canonical_sizes("all_to_all", "a row of send_sizes", row, group) for row in send_sizes]  # type: ignore[arg-type]  # a matrix
@@ -129,15 +129,15 @@ def _all_to_all_spec(
 
 
 def concat(xs: list[Tensor], dim: int) -> Tensor:
-    """torch.cat; of vectors as columns, since vmap of torch.cat forgets the batch of empty vectors."""
+    """torch.cat; vectors are joined as columns, since vmap of torch.cat loses the batch of empty vectors."""
     if xs[0].dim() > 1:
         return torch.cat(xs, dim)
     return torch.cat([x.unsqueeze(1) for x in xs]).squeeze(1)
 
 
 def pad_end(x: Tensor, dim: int, length: int) -> Tensor:
-    """x with zeros after its end at dim, up to length."""
-    if x.dtype not in REDUCED:  # nor filled
+    """x padded with zeros at the end of dim, up to length."""
+    if x.dtype not in REDUCED:  # torch cannot fill these either
         return pad_end(x.view(carrier(x.dtype)), dim, length).view(x.dtype)
     return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, length - x.shape[dim]))
 
@@ -167,7 +167,7 @@ def _all_to_all_shape(
 def _all_to_all_vjp(
     ct: Tensor, group: Group, backend: Backend, split_dim: int, concat_dim: int, tiled: bool, **sizes: Any
 ) -> Tensor:
-    # apply, not all_to_all: on a simulated axis the sizes are flat matrices already.
+    # apply, not all_to_all: on a simulated axis the sizes are already flat matrices.
     send, recv = sizes["send_sizes"], sizes["recv_sizes"]
     return apply("all_to_all", ct, group, backend, concat_dim, split_dim, tiled, recv, send)
 
@@ -190,8 +190,8 @@ def ppermute(x: Tensor, group: Group, backend: Backend, *, perm: Sequence[tuple[
                                  rank 1  [b]  ->  [a]
                                  rank 2  [c]      [b]
 
-    x and the result have one shape and dtype, any dtype. perm: (source, destination) pairs of ranks within the group,
-    each rank at most once on either side.
+    x and the result have the same shape and dtype, any dtype. perm: (source, destination) pairs of ranks within the
+    group, each rank at most once on either side.
     vjp: ppermute with the inverse permutation. Traffic: x's bytes per rank.
     Raises FcommError if perm names a rank twice, or one outside the group.
     """

@@ -1,4 +1,4 @@
-"""axis_index, axis_size, barrier: where this rank is, and that all ranks got here."""
+"""axis_index, axis_size, barrier: which rank this is, and that all ranks have arrived."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def axis_index(group: Group, backend: Backend) -> Tensor:
         rank 0  0
         rank 1  1
 
-    An int64 tensor of shape (), on the CPU, where it mixes with tensors of any device; under simulate on the device of
-    its first tensor argument. A tensor and not an int, so that one graph serves every rank, real or simulated.
+    An int64 tensor of shape (). It is on the CPU, so that it mixes with tensors of any device; under simulate it is on
+    the device of the first tensor argument. It is a tensor and not an int, so that one graph serves every rank, real or
+    simulated.
     vjp: none, it is an integer. Traffic: none.
     """
     return apply("axis_index", (), group, backend)
@@ -44,13 +45,13 @@ def axis_size(group: Group, backend: Backend) -> int:
 def barrier(group: Group, backend: Backend, *, after: Tensor | None = None) -> Tensor:
     """Return when every rank of the group has called it.
 
-    after: a tensor that is computed before; the result is a copy of it that exists only when all ranks arrived, so that
-    what uses the result comes later, in compiled graphs too. Without it a float32 zero of shape () on a device that
-    the backend takes.
+    after: a tensor that is computed before the barrier. The result is a copy of it that exists only once all ranks have
+    arrived, so whatever uses the result runs later, in compiled graphs too. Without `after`, the result is a float32
+    zero of shape () on a device that the backend accepts.
     vjp: a barrier on the cotangent. Traffic: one flag per rank.
     """
     if after is None:
-        devices = backend.devices if isinstance(backend, Backend) else ()  # apply says what is wrong with another
+        devices = backend.devices if isinstance(backend, Backend) else ()  # anything else apply refuses
         after = torch.zeros((), device=devices[0] if devices else None)
     checks.is_tensor("barrier", "after", after)
     return apply("barrier", after, group, backend)

@@ -19,9 +19,9 @@ def send(x: Tensor, group: Group, backend: Backend, *, dst: int | None = None) -
         rank 0  send(x, .., dst=1)
         rank 1  recv(like, .., src=0)  ->  x
 
-    The token is an empty tensor of x's dtype (on a simulated axis, and on a rank alone, it carries x). Pass it to
-    recv(after=token), or add token.sum() to the loss: a rank that never differentiates it does not take the cotangent
-    that its receiver sends, and the next message from there raises MismatchError.
+    The token is an empty tensor of x's dtype (on a simulated axis, and in a group of one, it carries x). Pass it to
+    recv(after=token), or add token.sum() to the loss. A rank that never differentiates the token does not receive the
+    cotangent that its receiver sends, and the next message from that rank raises MismatchError.
     dst: a rank within the group; on a simulated axis, where every rank runs this call, leave it out or use ppermute.
     Any dtype. vjp: recv from dst. Traffic: x's bytes.
     Raises FcommError if dst is not another rank of the group.
@@ -34,14 +34,14 @@ def recv(
 ) -> Tensor:
     """Receive the tensor that rank src, by default the previous rank, sends to this one; like has its shape and dtype.
 
-    after: a token of send. The receive, and in backward its send, keeps its place after that send; in a ring, where all
+    after: a token of send. The receive, and in backward its send, is then ordered after that send. In a ring, where all
     ranks send and then receive, always pass it.
-    vjp: send to src. With after, the cotangent is sent if after is differentiated, that is if the x of its send is.
-    Without after, it is sent if like is differentiated, and in backward() always: detach the result where the sender
-    wants no cotangent.
+    vjp: send to src. With after, the cotangent is sent if after is differentiated, that is, if the x of its send is.
+    Without after, it is sent if like is differentiated, and always in backward(): detach the result if the sender wants
+    no cotangent.
     Traffic: x's bytes.
-    Raises FcommError if src is not another rank of the group, MismatchError where the message has another shape or
-    dtype than like, or is a derivative that this rank did not take when it came.
+    Raises FcommError if src is not another rank of the group, MismatchError if the message's shape or dtype differs
+    from that of like, or if the message is a derivative that this rank did not receive when it came.
     """
     checks.is_tensor("recv", "like", like)
     peer = _peer("recv", "src", src, -1, group)
@@ -52,7 +52,7 @@ def recv(
         after = torch.empty(0, dtype=like.dtype, device=like.device, requires_grad=real and torch.is_grad_enabled())
     else:
         checks.is_tensor("recv", "after", after)
-        # Its zeros must not make a derivative of a message that has none where it was sent.
+        # Its zero cotangent must not give a derivative to a message that has none at its sender.
         like = like.detach()
     y = apply("recv", (after, like), group, backend, peer, 0)
     if group.simulated or group.size == 1:  # elsewhere the machine compares
@@ -61,7 +61,7 @@ def recv(
 
 
 def _peer(name: str, option: str, peer: int | None, step: int, group: Group) -> int:
-    """The peer's rank; on a simulated axis, where every rank has a peer of its own, the step to it."""
+    """The peer's rank; on a simulated axis, where each rank has a different peer, the step to it."""
     checks.is_group(name, group)
     if group.simulated:
         if peer is not None:
@@ -78,8 +78,8 @@ def _peer(name: str, option: str, peer: int | None, step: int, group: Group) -> 
     return peer
 
 
-# Each derivative of a call sends on the edge of the call or back. So a message says which one it is, 0 for the call
-# itself, and none is taken for another where one of the two ranks differentiates and the other does not.
+# Each derivative of a call sends along the call's edge or back. So a message says which derivative it is, 0 for the
+# call itself, and none is mistaken for another if only one of the two ranks differentiates.
 
 
 def _of_vjp(derivative: int) -> int:
@@ -93,7 +93,7 @@ def _of_jvp(derivative: int) -> int:
 def _send_batch(
     call: Callable[..., Tensor], size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, int]:
-    # The token is batched, though empty: its cotangent must know how many messages travel back.
+    # The token is batched, though empty: its cotangent must know how many messages come back.
     (x,), (dim,) = tensors, in_dims
     token = call(x.movedim(dim or 0, 0))
     return token.expand(size, *token.shape) if token.numel() == 0 and token.dim() == 1 else token, 0
@@ -104,7 +104,7 @@ define(
     schema="int dst, int derivative",
     spec=lambda xs, dst, derivative: [x.clone() for x in xs],
     shape=lambda s, group, dst, derivative: (0,) if group.size > 1 else s,
-    # A new tensor: a machine would lay the stand-in out.
+    # A new tensor, since a machine would make x's stand-in contiguous.
     vjp=lambda ct, group, backend, dst, derivative, x: apply(
         "recv", (ct, x.new_empty(x.shape)), group, backend, dst, _of_vjp(derivative)
     ),
@@ -123,7 +123,7 @@ def _recv_spec(afters: list[Tensor], likes: list[Tensor], src: int, derivative: 
 def _recv_vjp(
     ct: Tensor, group: Group, backend: Backend, src: int, derivative: int, after: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # A batch of messages may have one cotangent for all; their sender waits for as many as it sent.
+    # A batch of messages may share one cotangent; their sender waits for as many as it sent.
     token = apply("send", batched_as(ct, after, like), group, backend, src, _of_vjp(derivative))
     # One token for a batch of messages, where `after` may be a batch of tokens.
     return token.reshape(after.shape), torch.zeros_like(ct)
@@ -141,8 +141,8 @@ define(
     shape=lambda after, like, group, src, derivative: like,
     vjp=_recv_vjp,
     jvp=_recv_jvp,
-    # For the shape, and because send saves a tensor: a checkpoint's second forward ends with the last one saved, and
-    # between a send and its recv it would leave a message behind.
+    # For the shape, and because send saves a tensor: a checkpoint's second forward stops at the last saved tensor, and
+    # if that is between a send and its recv, it leaves a message behind.
     shape_of=("after", "like"),
     busbw=lambda n: 1.0,
 )

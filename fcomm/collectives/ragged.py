@@ -1,4 +1,4 @@
-"""ragged_all_to_all: blocks of rows whose offsets and lengths are data, known to the device only."""
+"""ragged_all_to_all: blocks of rows whose offsets and lengths are data, known only to the device."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def ragged_all_to_all(
         rank 1  operand [c c d]  send_sizes [1 2]  ->  [b b . .]     (c d to itself: [b b c d])
 
     operand is [rows, ..], output [rows', ..] with the same trailing shape and dtype. The four others are integer
-    tensors of shape (n,), n = group.size: this rank sends operand[input_offsets[r] :][: send_sizes[r]] to rank r, which
-    finds it in its result from row output_offsets[r] on, counted at the receiver; recv_sizes[r] rows come from rank r.
-    Other rows of the result are output's. Any dtype. Received slices must not overlap; sent slices may.
+    tensors of shape (n,), n = group.size. This rank sends operand[input_offsets[r] :][: send_sizes[r]] to rank r, whose
+    result has it from row output_offsets[r] of the receiver on; recv_sizes[r] rows come from rank r. The other rows of
+    the result are those of output. Any dtype. Received slices must not overlap; sent slices may.
     vjp: operand: ragged_all_to_all backwards, summed where sent slices overlap; output: the cotangent, zero on received
     rows. Traffic: the rows sent.
     Raises ArgumentError if the shapes or dtypes do not fit; between processes also if a slice leaves its tensor, and
-    MismatchError if send_sizes and recv_sizes of two ranks differ. Simulated ranks, which cannot raise for data, and a
-    rank alone read zeros outside operand, and drop rows outside output.
+    MismatchError if send_sizes and recv_sizes of two ranks differ. Simulated ranks, which cannot raise depending on
+    data, and a group of one read zeros outside operand, and drop rows outside output.
     """
     places = input_offsets, send_sizes, output_offsets, recv_sizes
     _check(operand, output, places, group, backend)
-    # The sum of an offset and a size may be none of their dtype, and torch does not add uint16 to int64.
+    # The sum of an offset and a size may overflow their dtype, and torch does not add uint16 to int64.
     input_offsets, send_sizes, output_offsets, recv_sizes = (v.to(torch.int64) for v in places)
-    # Where each rank's rows land here: known at the senders, needed here.
+    # Where each rank's rows land in this rank's result: the senders know it, this rank needs it.
     landing = all_to_all(output_offsets, group, backend)
     received = _inside(landing, recv_sizes, output.shape[0]).any(0)
     y = apply(
@@ -60,9 +60,9 @@ def ragged_all_to_all(
 
 
 def _choose(received: Tensor, y: Tensor, output: Tensor) -> Tensor:
-    """Rows of y where received, else of output. torch.where of 2.11 takes no unsigned integers, no bits, no float4."""
+    """Rows of y where received, else of output. torch 2.11's where takes no unsigned integers, bits or float4."""
     if output.dtype in (torch.uint16, torch.uint32, torch.uint64):
-        # By index, not as integers of the same width: vmap of 2.11 has no rule for view(dtype).
+        # By index, not viewed as signed integers: torch 2.11's vmap has no rule for view(dtype).
         rows = torch.arange(output.shape[0], device=output.device)
         return torch.cat([y, output])[torch.where(received, rows, rows + output.shape[0])]
     mask = _column(received, output)
@@ -79,7 +79,7 @@ def _check(operand: Tensor, output: Tensor, vectors: Sequence[Tensor], group: Gr
     names = "operand", "output", "input_offsets", "send_sizes", "output_offsets", "recv_sizes"
     for name, x in zip(names, (operand, output, *vectors), strict=True):
         checks.is_tensor("ragged_all_to_all", name, x)
-    # Here too, since what apply refuses it would refuse after the landing places were sent.
+    # Check here too, since apply would refuse only after the landing places were sent.
     check_call("ragged_all_to_all", (operand, output, *vectors), group, backend)
     if operand.dim() < 1 or operand.shape[1:] != output.shape[1:] or operand.dtype != output.dtype:
         raise ArgumentError(
@@ -95,7 +95,7 @@ def _check(operand: Tensor, output: Tensor, vectors: Sequence[Tensor], group: Gr
 
 
 def _inside(offsets: Tensor, sizes: Tensor, rows: int) -> Tensor:
-    """[n, rows] bool: whether row p lies in the slice of offset and size. Right for empty slices too."""
+    """[n, rows] bool: whether row p lies in the slice of each offset and size. Also right for empty slices."""
     p = torch.arange(rows, device=offsets.device)
     return (p >= offsets[:, None]) & (p < (offsets + sizes)[:, None])
 
@@ -104,8 +104,8 @@ def _column(mask: Tensor, like: Tensor) -> Tensor:
     return mask.reshape(-1, *[1] * (like.dim() - 1))
 
 
-# The op itself is the linear core: rows of x are added into zeros. Adding, not writing, makes it closed under
-# transposition: a row sent to two ranks gets back the sum of two cotangents.
+# The op itself is the linear core: rows of x are added into zeros. Because it adds and does not overwrite, it is closed
+# under transposition: a row sent to two ranks gets back the sum of two cotangents.
 
 
 def _spec(
@@ -118,7 +118,7 @@ def _spec(
     sent_rows: int,
 ) -> list[Tensor]:
     dtype = xs[0].dtype
-    if dtype not in REDUCED:  # neither added nor indexed
+    if dtype not in REDUCED:  # torch can neither add nor index these
         raw = [x.view(carrier(dtype)) for x in xs]
         ys = _spec(raw, input_offsets, send_sizes, output_offsets, recv_sizes, rows, sent_rows)
         return [y.view(dtype) for y in ys]
@@ -128,7 +128,7 @@ def _spec(
         y = xs[r].new_full((rows, *xs[r].shape[1:]), zero)
         received = torch.zeros(rows, dtype=torch.bool, device=y.device)
         for s in range(len(xs)):
-            # A zero row to point at, where the row of y is not in the slice from s.
+            # An additional zero row, read where the row of y is not in the slice from s.
             x = torch.cat([xs[s], xs[s].new_full((1, *xs[s].shape[1:]), zero)])
             start, size = output_offsets[s][r], send_sizes[s][r]
             p = torch.arange(rows, device=x.device)
@@ -141,7 +141,7 @@ def _spec(
 
 
 def _neutral(dtype: torch.dtype) -> float | complex:
-    """The number whose sum with any other is that, the sign of a zero included."""
+    """The number that leaves any other unchanged when added, including the sign of a zero."""
     return complex(-0.0, -0.0) if dtype.is_complex else -0.0 if dtype.is_floating_point else 0
 
 
@@ -161,7 +161,7 @@ def _vjp(
     return apply("ragged_all_to_all", (ct, *back), group, backend, sent_rows, rows)
 
 
-# torch does not add them, or not by parts; the others it adds in place.
+# torch does not add these, or not their parts separately; the others it adds in place.
 _FOLDED = (*FLOAT8, torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.complex128)
 
 
@@ -193,7 +193,7 @@ def _compose(
     y = x.new_full((rows, *x.shape[1:]), _neutral(x.dtype))
     end = 0
     for o, d in sorted((o, d) for o, d in zip(lands, recvs, strict=True) if d) + [(rows, 0)]:
-        if o > end:  # rows from nowhere
+        if o > end:  # rows that no rank sent
             y.narrow(0, end, o - end).zero_()
         end = max(end, o + d)
     for block, o in zip(got.split(recvs), lands, strict=True):

@@ -22,10 +22,10 @@ def all_reduce(x: Tensor, group: Group, backend: Backend, *, op: str = "sum") ->
         rank 0  [a]      [a + b]
         rank 1  [b]  ->  [a + b]
 
-    x and the result have one shape and dtype. op: "sum", "mean", "max", "min", "prod"; "band", "bor", "bxor" on
+    x and the result have the same shape and dtype. op: "sum", "mean", "max", "min", "prod"; "band", "bor", "bxor" on
     integers and bool. Half types and float8 (e4m3fn, e5m2) accumulate in float32, integers wrap, max and min propagate
-    NaN, all in rank order; of 0.0 and -0.0 max and min give either. max, min and prod save the result, which is not to
-    be changed in place before backward.
+    NaN, all in rank order; of 0.0 and -0.0, max and min give either. max, min and prod save the result, so do not
+    change it in place before backward.
     vjp: sum: all_reduce; mean: all_reduce mean; max, min: all_reduce, shared equally among the ranks that attain the
     extremum (NaN attains NaN); prod: all_reduce times the product of the other ranks' x, right at zeros.
     Traffic: 2(n-1)/n of x's bytes per rank (nccl-tests, PERFORMANCE.md).
@@ -49,7 +49,7 @@ def other_ranks_product(x: Tensor, group: Group, backend: Backend) -> Tensor:
 
 
 def weight(x: Tensor, y: Tensor, group: Group, backend: Backend, op: str) -> Tensor:
-    """The derivative of the fold by this rank's x, for the non-linear ops."""
+    """The derivative of the fold with respect to this rank's x, for the non-linear ops."""
     if op == "prod":
         return other_ranks_product(x, group, backend)
     return _extremum_share(x, y, group, backend)
@@ -89,7 +89,7 @@ def scan(
         rank 2  [c]      [a + b + c]    [a + b]             [c]
                          inclusive      exclusive
 
-    x and the result have one shape and dtype; op is "sum". reverse counts from the last rank.
+    x and the result have the same shape and dtype; op is "sum". reverse starts from the last rank.
     vjp: the scan in the other direction. Traffic: x's bytes per rank (a chain), in n - 1 steps.
     Raises FcommError for another op, TypeError if op has no meaning for x's dtype.
     """
@@ -98,7 +98,7 @@ def scan(
 
 
 def scan_spec(xs: Sequence[Tensor], op: str, exclusive: bool, reverse: bool) -> list[Tensor]:
-    """Each rank's fold of the xs up to its own; machines without a scan apply it to exchanged blocks."""
+    """For each rank, the fold of the xs up to its own; machines without a scan apply it to exchanged blocks."""
     if reverse:
         return scan_spec(xs[::-1], op, exclusive, False)[::-1]
     if exclusive:

@@ -1,4 +1,4 @@
-"""broadcast, reduce, gather, scatter: one rank is the root. Off the root, results are zeros and arguments are ignored.
+"""broadcast, reduce, gather, scatter: one rank is the root. On the others, results are zeros or arguments are ignored.
 
 broadcast and reduce, gather and scatter are each other's derivative.
 """
@@ -29,7 +29,7 @@ def broadcast(x: Tensor, group: Group, backend: Backend, *, src: int = 0) -> Ten
         src=0    rank 0  [a]      [a]
                  rank 1  [b]  ->  [a]
 
-    x and the result have one shape and dtype on every rank, any dtype.
+    x and the result have the same shape and dtype on every rank, any dtype.
     vjp: reduce to src; the other ranks' x get zeros. Traffic: x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if src is not a rank of the group.
     """
@@ -52,7 +52,7 @@ def reduce(x: Tensor, group: Group, backend: Backend, *, dst: int = 0, op: str =
         dst=0    rank 0  [a]      [a + b]
                  rank 1  [b]  ->  [0]
 
-    x and the result have one shape and dtype; op and arithmetic as in all_reduce.
+    x and the result have the same shape and dtype; op and arithmetic as in all_reduce.
     vjp: broadcast from dst; mean: divided by n; max, min, prod: weighted as all_reduce's.
     Traffic: x's bytes per rank (nccl-tests, PERFORMANCE.md).
     Raises FcommError if dst is not a rank of the group, TypeError if op has no meaning for x's dtype.
@@ -62,7 +62,7 @@ def reduce(x: Tensor, group: Group, backend: Backend, *, dst: int = 0, op: str =
 
 
 def _weight(x: Tensor, y: Tensor, group: Group, backend: Backend, dst: int, op: str) -> Tensor:
-    # Off the root y is zeros; a product's weight is of x alone.
+    # Only the root's y is the result. A product's weight does not need it: it depends only on x.
     return weight(x, y if op == "prod" else broadcast(y, group, backend, src=dst), group, backend, op)
 
 

@@ -1,7 +1,7 @@
-"""Values that are the same on all ranks: how they come, and how they enter per-rank use.
+"""Values that are the same on all ranks: how they are made, and how they enter per-rank use.
 
 An invariant value is one value, replicated; its cotangent is one cotangent, replicated. A varying value is each rank's
-own. The derivatives here count an invariant value once, where the literal collectives count it once for each rank:
+own. The derivatives here count an invariant value once; the literal collectives count it once per rank:
 
     function               from         to           derivative
     pvary                  invariant    varying      all_reduce_invariant
@@ -27,7 +27,7 @@ from fcomm.registration import apply, define
 
 
 def pvary(x: Tensor, group: Group, backend: Backend) -> Tensor:
-    """A replicated value enters per-rank use: the identity, whose cotangents add up.
+    """Let a replicated value enter per-rank use: the identity, whose cotangents are summed over the ranks.
 
         rank 0  [a]      [a]
         rank 1  [a]  ->  [a]
@@ -54,9 +54,9 @@ def all_reduce_invariant(x: Tensor, group: Group, backend: Backend, *, op: str =
         rank 0  [a]      [a + b]
         rank 1  [b]  ->  [a + b]
 
-    x and the result have one shape and dtype; op: "sum", "mean".
-    vjp: sum: pvary, the identity, since all ranks hold the one cotangent; mean: that divided by n. Use all_reduce where
-    the ranks go on to use the result differently. Traffic: 2(n-1)/n of x's bytes per rank; backward none.
+    x and the result have the same shape and dtype; op: "sum", "mean".
+    vjp: sum: pvary, the identity, since all ranks hold the same cotangent; mean: that divided by n. Use all_reduce if
+    the ranks then use the result differently. Traffic: 2(n-1)/n of x's bytes per rank; backward none.
     Raises FcommError for another op, TypeError if op has no meaning for x's dtype.
     """
     checks.op_of("all_reduce_invariant", op, x, LINEAR_OPS)
@@ -86,8 +86,8 @@ def all_gather_invariant(x: Tensor, group: Group, backend: Backend, *, dim: int 
         rank 1  [b]  ->  [a b]
 
     x is [.., d, ..] at dim and the result [.., n*d, ..], n = group.size, any dtype.
-    vjp: shard, this rank's own slice, since all ranks hold the one cotangent. Use all_gather where the ranks go on to
-    use the result differently. Traffic: (n-1)/n of the result's bytes per rank; backward none.
+    vjp: shard, this rank's own slice, since all ranks hold the same cotangent. Use all_gather if the ranks then use the
+    result differently. Traffic: (n-1)/n of the result's bytes per rank; backward none.
     Raises FcommError if dim is out of range.
     """
     dim = checks.canonical_dim("all_gather_invariant", "dim", dim, x, group)
