@@ -3,12 +3,12 @@
 What a collective means and how it differentiates is in fcomm.collectives; how a machine does it is in
 fcomm.backends.<machine>; how torch sees it is in fcomm.registration. Who takes part is in fcomm.group.
 
-    rendezvous  groups of processes, and what a live one owns; bootstrap and processes help it
+    rendezvous  groups of processes, and what a live one owns; bootstrap and processes are its helpers
     launch      run: a function on N processes       simulate    N ranks in this process
     record      what define() takes and refuses      arithmetic  what "sum" and "max" mean on every dtype of dtypes
     errors      one type for each kind of failure    bind        collectives with their two handles filled in
 
-Made of these: layers, compat, testing, bench, demo.
+Built on these: layers, compat, testing, bench, demo.
 """
 
 from typing import TYPE_CHECKING
@@ -130,7 +130,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        """fcomm.layers and the like without an import of their own; importing fcomm need not pay for them."""
+        """Import fcomm.layers and fcomm.testing at first use, so that importing fcomm does not pay for them."""
         if name in ("layers", "testing"):
             from importlib import import_module
 
@@ -139,5 +139,5 @@ else:
 
 
 def __dir__() -> list[str]:
-    """The public names, and the packages of more of them."""
+    """The public names, and the packages that have more."""
     return sorted([*__all__, "backends", "layers", "testing"])

@@ -1,4 +1,4 @@
-"""What "sum", "mean", "max", ... mean on every dtype: the arithmetic that spec and composed lowerings share.
+"""What "sum", "mean", "max", ... mean on every dtype: the arithmetic shared by specs and composed lowerings.
 
 All folds go in rank order, ((x0 + x1) + x2) + ..., so every rank and every run gets the same bits.
 """
@@ -22,7 +22,7 @@ OPS = (*FOLDED_OPS, *BIT_OPS)
 _REDUCED = frozenset(REDUCED)  # every reduction looks here
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32} | dict.fromkeys(FLOAT8, torch.float32)
-# torch has almost no kernels for these; addition, multiplication and bits are the same on the signed type of the width.
+# torch has almost no kernels for these; addition, multiplication and bit operations are the same on the signed type.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 _FOLD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -47,7 +47,7 @@ def check_op(name: str, op: str, dtype: torch.dtype, allowed: Sequence[str] = OP
             f"{name}: op '{op}' has no meaning for {dtype} on any backend, it can be moved only; reduce a tensor of a "
             f"dtype with arithmetic, such as {to}"
         )
-    if op in ("sum", "prod"):  # all others have them
+    if op in ("sum", "prod"):  # all other dtypes have these
         return
     if op in BIT_OPS and (dtype.is_floating_point or dtype.is_complex):
         raise TypeError(
@@ -67,7 +67,7 @@ def fold(xs: Sequence[Tensor], op: str) -> Tensor:
 
     float16, bfloat16 and float8 accumulate in float32 and round once. Integers wrap around; integer means truncate
     toward zero. bool: sum and max are "or", prod and min are "and". max and min give NaN where any input is NaN.
-    Complex sums and means are those of the parts.
+    Complex sums and means are taken by real and imaginary parts.
     """
     dtype = xs[0].dtype
     if dtype in _WIDE:
@@ -83,13 +83,13 @@ def fold(xs: Sequence[Tensor], op: str) -> Tensor:
 
 
 def _extremum(rows: Tensor, op: str) -> Tensor:
-    """amax or amin over dim 0, with a derivative that ties share equally and NaN too; torch.amax's is NaN there."""
+    """amax or amin over dim 0, whose derivative ties share equally, NaNs too; torch.amax's derivative is NaN at NaN."""
     nan = rows.isnan()
     worst = -torch.inf if op == "max" else torch.inf
     numbers = torch.where(nan, worst, rows)
     extremum = numbers.amax(0) if op == "max" else numbers.amin(0)
     total, count = torch.where(nan, rows, 0).sum(0), nan.sum(0)
-    # torch.add gives total / k; compiled, the vjp of the jvp of a product or quotient fails, or crashes in Inductor.
+    # torch.add computes total / k: compiled, the vjp of the jvp of a product or quotient fails, or crashes in Inductor.
     mean = total
     for k in range(2, len(rows) + 1):
         mean = torch.where(count == k, torch.add(total, total, alpha=1 / k - 1), mean)
@@ -97,12 +97,12 @@ def _extremum(rows: Tensor, op: str) -> Tensor:
 
 
 def _parts(x: Tensor) -> Tensor:
-    """Real and imaginary part: torch.add multiplies a complex number by 1 + 0j first, which makes NaN of infinity."""
+    """Real and imaginary part: torch.add first multiplies a complex number by 1 + 0j, which turns infinity into NaN."""
     return torch.view_as_real(x.resolve_conj())
 
 
 def divide(total: Tensor, size: int) -> Tensor:
-    """total / size, of complex numbers by parts; of integers toward zero, of float8 by way of float32."""
+    """total / size: complex numbers by parts, integers rounded toward zero, float8 by way of float32."""
     if total.dtype in FLOAT8:
         return divide(total.to(torch.float32), size).to(total.dtype)
     if total.dtype.is_complex:
@@ -114,7 +114,7 @@ def divide(total: Tensor, size: int) -> Tensor:
 
 def _fold_unsigned(xs: Sequence[Tensor], op: str) -> Tensor:
     dtype = xs[0].dtype
-    signed = _SIGNED[dtype]  # to it and back a conversion keeps the bits; a view has no batching rule in torch 2.11
+    signed = _SIGNED[dtype]  # converting to it and back keeps the bits; view(dtype) has no batching rule in torch 2.11
     if op == "mean":
         return _unsigned_quotient(fold([x.to(signed) for x in xs], "sum"), len(xs)).to(dtype)
     if op in ("max", "min"):
@@ -125,7 +125,7 @@ def _fold_unsigned(xs: Sequence[Tensor], op: str) -> Tensor:
 
 
 def _unsigned_quotient(x: Tensor, divisor: int) -> Tensor:
-    """x // divisor of the unsigned number whose bits the signed tensor x holds (Hacker's Delight, section 9-3)."""
+    """x // divisor, where the signed tensor x holds the bits of an unsigned number (Hacker's Delight, section 9-3)."""
     if divisor == 1:
         return x
     half = (x >> 1) & torch.iinfo(x.dtype).max
@@ -136,7 +136,7 @@ def _unsigned_quotient(x: Tensor, divisor: int) -> Tensor:
 
 
 def ties(x: Tensor, y: Tensor) -> Tensor:
-    """1 where x attains the extremum y, else 0, in x's dtype, of float8 in float32. NaN attains NaN."""
+    """1 where x attains the extremum y, else 0, in x's dtype (float32 for float8). NaN attains NaN."""
     return ((x == y) | (x.isnan() & y.isnan())).to(torch.float32 if x.dtype in FLOAT8 else x.dtype)
 
 
@@ -146,7 +146,7 @@ def product_of_others(rows: Tensor, own: Tensor) -> Tensor:
     rows: [n, ..]; own broadcasts against it. The quotient prod / x would be 0/0 where x is 0.
     """
     others = torch.where(own, torch.ones((), dtype=rows.dtype, device=rows.device), rows)
-    if rows.dtype in FLOAT8:  # of which torch has no product
+    if rows.dtype in FLOAT8:  # torch has no product of these
         others = others.to(torch.float32)
     # Under autocast torch's product of a half type stays in float32.
     return others.prod(0).to(rows.dtype)

@@ -1,7 +1,7 @@
-"""Where the launcher put this process, the store that its ranks share, and how each knows that all have arrived.
+"""Where the launcher put this process, the store that the ranks share, and how each learns that all have arrived.
 
-The store carries short texts in a fixed form, never pickles: each rank's claim, and the first error that a rank found,
-so that all of them report it.
+The store carries short texts in a fixed form, never pickles: each rank's claim, and the first error that any rank
+found, so that all of them report it.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ T = TypeVar("T")
 
 LOG = logging.getLogger("fcomm")
 
-_SLICE_S = 0.25  # how often a rank that waits for others looks for an error that one of them reported
-_TOLD_S = 20.0  # how long rank 0 stays, at most, for the others to read an error
+_SLICE_S = 0.25  # how often a waiting rank looks for an error that another one reported
+_TOLD_S = 20.0  # how long rank 0 stays, at most, so that the others can read an error
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class NoAnswerError(RuntimeError):
-    """The process that serves the store does not answer: it is stopped, or a forked child of it holds its sockets."""
+    """The process that serves the store does not answer: it is stopped, or a forked child holds its sockets."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process is among its peers, and where their store is. serve: this process serves it.
+    """A process's place among its peers, and where their store is. serve: this process serves it.
 
     function: the public function that errors name.
     """
@@ -55,7 +55,7 @@ class Place:
 
     @property
     def settings(self) -> tuple[str, str]:
-        """What the user sets host and port by."""
+        """The names of the settings by which the user gives host and port."""
         return ("MASTER_ADDR", "MASTER_PORT") if self.function == "init" else ("host", "port")
 
 
@@ -116,18 +116,18 @@ def first_host(nodes: str) -> str:
 
 
 def digest(*parts: object) -> str:
-    """A short name for some values, the same in every process."""
+    """A short name made of some values, the same in every process."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def join(place: Place, prefix: str, name: str, timeout_s: float) -> tuple[dist.Store, tuple[str, ...]]:
-    """The store of all ranks of place, under prefix, once each has reported there; and the ranks' identities.
+    """Once every rank has reported there: the store shared by place's ranks, under prefix, and the ranks' identities.
 
     Raises RendezvousError naming the missing, duplicate or disagreeing ranks.
     """
     if place.serve:
         return _join(place, prefix, name, timeout_s)
-    try:  # a late rank is still told the error that the others found
+    try:  # longer than timeout_s: a late rank is still told the error that the others found
         return answer(apart(lambda: _join(place, prefix, name, timeout_s)), timeout_s + 8 * _SLICE_S)
     except NoAnswerError as error:
         raise _no_store(place, timeout_s, "its process may be stopped") from error
@@ -141,7 +141,7 @@ def _join(place: Place, prefix: str, name: str, timeout_s: float) -> tuple[dist.
         try:
             return store, _meet(store, name, place, claim, deadline, timeout_s)
         except dist.DistNetworkError as error:
-            # The store went while we were there: that of an earlier group at this address. Rank 0 makes the next one.
+            # The store disappeared: it was that of an earlier group at this address. Rank 0 makes the next one.
             if time.monotonic() > deadline or place.serve:
                 raise RendezvousError(
                     f"{place.function}: rank {place.rank} of '{name}' lost the store at {place.host}:{place.port}; "
@@ -166,7 +166,7 @@ def loopback_store(timeout_s: float) -> tuple[dist.Store, int]:
 def _connect(place: Place, left_s: float, timeout_s: float) -> dist.Store:
     options: dict[str, Any] = {"timeout": timedelta(seconds=left_s), "wait_for_workers": False}
     if place.serve:
-        # TCPStore listens on every interface, whatever host it is given; hand it a socket that does not.
+        # TCPStore listens on every interface, whatever host it is given; give it a socket that does not.
         options["master_listen_fd"] = _listener(place).detach()
     try:
         return dist.TCPStore(place.host, place.port, None, place.serve, **options)
@@ -182,7 +182,7 @@ def _no_store(place: Place, timeout_s: float, reason: str) -> RendezvousError:
 
 
 def _listener(place: Place) -> socket.socket:
-    """A socket listening on the interface of place.host alone."""
+    """A socket that listens only on the interface of place.host."""
     backlog = max(128, place.size)
     try:
         family, _, _, _, address = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0]
@@ -193,7 +193,7 @@ def _listener(place: Place) -> socket.socket:
                 f"{place.function}: port {place.port} on {place.host} is taken or refused ({_reason(error)}); "
                 f"set {place.settings[1]} to a free port, the same on every rank"
             ) from error
-        # An address that leads here through another host, as a Kubernetes service does.
+        # An address that leads here through another host, such as that of a Kubernetes service.
         LOG.warning("%s is no address of this host; the store listens on all interfaces", place.host)
         return socket.create_server(("", place.port), backlog=backlog)
 
@@ -202,7 +202,7 @@ def _listener(place: Place) -> socket.socket:
 
 
 def _meet(store: dist.Store, name: str, place: Place, claim: str, deadline: float, timeout_s: float) -> tuple[str, ...]:
-    """Every rank claims its number once and waits for the others: a wrong launch is named here, not in a collective."""
+    """Claim this rank's number and wait for the others: a wrong launch is reported here, not in a collective."""
     keys = [f"claim/{r}" for r in range(place.size)]
     holder = _text(store.compare_set(keys[place.rank], "", claim))
     if holder != claim:
@@ -229,15 +229,15 @@ def _meet(store: dist.Store, name: str, place: Place, claim: str, deadline: floa
     identities = tuple(_text(store.get(key)).split(" ")[1] for key in keys)
     store.set(f"seen/{place.rank}", "")
     if place.serve:
-        # The others still read the claims; this process may be about to end.
+        # The others still have to read the claims, and this process may be about to end.
         wait_for_keys(store, [f"seen/{r}" for r in range(place.size)], max(_SLICE_S, deadline - time.monotonic()))
     return identities
 
 
 def answer(future: Future[T], limit_s: float, look: Callable[[], None] = lambda: None) -> T:
-    """The result of a call of a store, made apart: torch bounds no wait for an answer, and Ctrl-C ends none.
+    """The result of a store call made in another thread: torch does not bound such a call, nor does Ctrl-C end it.
 
-    look: called every slice until then; may raise. Raises NoAnswerError after limit_s seconds.
+    look: called once per slice until then; may raise. Raises NoAnswerError after limit_s seconds.
     """
     deadline = time.monotonic() + limit_s
     while not wait([future], min(_SLICE_S, max(0.0, deadline - time.monotonic()))).done:
@@ -248,7 +248,7 @@ def answer(future: Future[T], limit_s: float, look: Callable[[], None] = lambda:
 
 
 def wait_for_keys(store: dist.Store, keys: list[str], limit_s: float) -> bool:
-    """Whether all keys were set within the limit. Polled: store.wait logs a warning each time that they were not."""
+    """Whether all keys are set within the limit. It polls, because store.wait logs a warning whenever they are not."""
     deadline, pause = time.monotonic() + limit_s, 1e-3
     while not store.check(keys):
         if time.monotonic() > deadline:
@@ -268,7 +268,7 @@ def _compare_sizes(store: dist.Store, name: str, place: Place, ranks: Sequence[i
 
 
 def _give_up(store: dist.Store, place: Place, text: str, culprits: Sequence[int] = ()) -> None:
-    """Raise the error that the first rank found, after the other ranks that are here can have read it."""
+    """Raise the error that the first rank found, once the other ranks that have arrived had time to read it."""
     text = _text(store.compare_set("error", "", text))
     with suppress(dist.DistError):
         store.set(f"told/{processes.identity()}", "")
@@ -278,7 +278,7 @@ def _give_up(store: dist.Store, place: Place, text: str, culprits: Sequence[int]
 
 
 def _wait_until_told(store: dist.Store, place: Place) -> None:
-    """This process may be about to end, and the store with it, while the others do not know why."""
+    """Stay until the others know why: this process may be about to end, and the store with it."""
     began = time.monotonic()
     while time.monotonic() - began < _TOLD_S:
         claims = {r: _text(store.get(f"claim/{r}")) for r in range(place.size) if store.check([f"claim/{r}"])}
@@ -287,7 +287,7 @@ def _wait_until_told(store: dist.Store, place: Place) -> None:
             for r, claim in claims.items()
             for who in claim.split(" ")[1:2]
         )
-        # Those that come only now, or claim another's rank, may have a moment too.
+        # Ranks that arrive only now, or that claim another's number, get a moment too.
         if told and time.monotonic() - began > 8 * _SLICE_S:
             return
         time.sleep(0.02)

@@ -1,15 +1,15 @@
-"""What can go wrong, one type each: all are FcommErrors, and the built-in exception that corresponds, if any."""
+"""One type for each kind of failure. All are FcommErrors, and also the corresponding built-in exception, if any."""
 
 from collections.abc import Iterable
 
 
 class FcommError(RuntimeError):
-    """The base of all errors here. By itself a local mistake: nothing was sent, and the group stays usable.
+    """The base of all errors here. Raised as itself, it is a local mistake: nothing was sent, the group stays usable.
 
-    From fcomm.run it says by itself that a rank failed, with that rank's traceback.
+    Raised as itself by fcomm.run, it means that a rank failed, and has that rank's traceback.
 
-    op, group, rank: the collective, the name of its group, and this process's rank in it, where the error concerns one.
-    culprits: the ranks within the group that caused it, as far as this rank can know.
+    op, group, rank: the collective, the name of its group, and this process's rank in it, if the error concerns one.
+    culprits: the ranks within the group that caused it, if this rank can know them.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class BackendError(FcommError):
 
 
 class BackendTimeoutError(BackendError, CollectiveTimeoutError):
-    """A deadline of the library's own passed: a status such as ncclTimeout or HCCL_E_TIMEOUT."""
+    """The library's own deadline passed: a status such as ncclTimeout or HCCL_E_TIMEOUT."""
 
 
 class BackendPeerError(BackendError, PeerDiedError):
@@ -85,5 +85,5 @@ class BackendPeerError(BackendError, PeerDiedError):
 
 
 def printable(text: str) -> str:
-    """What a library or another process wrote, fit for an error: one line, no control characters, not too long."""
+    """Text from a library or another process, made fit for an error: one line, no control characters, not too long."""
     return "".join(c if c.isprintable() else "?" for c in text[:500])

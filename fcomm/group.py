@@ -1,4 +1,4 @@
-"""Who takes part (Group) and by which machine (Backend): frozen values that say, and do nothing.
+"""Who takes part (Group) and which machine carries it out (Backend): frozen values that describe, and do nothing.
 
 Both cross torch's dispatcher as names; the two tables below turn a name back into its value.
 """
@@ -38,15 +38,15 @@ class Group:
 
     @property
     def key(self) -> str:
-        """The name under which torch's dispatcher knows the group: axes of one name may have several sizes."""
+        """The name under which torch's dispatcher knows the group: axes of one name may have different sizes."""
         return f"{self.name}[{len(self.ranks)}]" if self.simulated else self.name
 
     @property
     def graph_keys(self) -> tuple[str, str]:
-        """Its names in graphs: for calls whose shapes depend on the size, and for those that depend on the rank, too.
+        """Its names in graphs: for calls whose shapes depend on the size only, and for those that depend on the rank.
 
-        Compilers keep graphs on disk by what is written in them, and a graph of two ranks must not serve a world of
-        three (notes/0014). No axis has such a name.
+        Compilers cache graphs on disk by their content, and a graph of two ranks must not serve a world of three
+        (notes/0014). No axis has such a name.
         """
         if self.simulated:
             return self.key, self.key
@@ -77,7 +77,8 @@ class Backend:
     unsupported: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # By name, as everywhere: its table holds what only this process has, libraries and partial functions.
+        # By name, as everywhere: its table holds things that only this process has, such as libraries and partial
+        # functions.
         if BACKENDS.get(self.name) is self:
             return (_backend_named, (self.name,))
         return (Backend, (self.name, self.devices, self.lowerings, self.unsupported))
@@ -96,7 +97,7 @@ def _backend_named(name: str) -> Backend:
 
 GROUPS: dict[str, Group] = {}
 BACKENDS: dict[str, Backend] = {}
-# graph_keys of the groups by key: a compiler may take a group's numbers for symbols, which no text can hold.
+# graph_keys of the groups by key: a compiler may make symbols of a group's numbers, and no text can hold those.
 GRAPH_KEYS: dict[str, tuple[str, str]] = {}
 # Tables in which calls remember what they found under these names; a name that changes hands empties them.
 FOUND: list[dict[Any, Any]] = []

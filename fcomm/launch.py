@@ -1,4 +1,4 @@
-"""run: a function on N processes of this machine, their results in rank order, and a deadline that holds."""
+"""run: call a function in N processes on this machine, return their results in rank order, and keep the deadline."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ T = TypeVar("T")
 
 # After the first failure the other ranks get this long to fail by themselves, so that their errors can be shown too.
 _GRACE_S = 2.0
-# The server process tells at once how a rank ended, unless it gets no core.
+# The server process reports at once how a rank ended, unless it gets no core.
 _STATUS_S = 10.0
-# Imported by the server process, from which ranks are forked.
+# Imported by the server process, which forks the ranks.
 _PRELOAD = ["fcomm.launch"]
 # Exit code of a rank that was started while it read the script that starts it.
 _UNGUARDED = 113
-# Errors that another rank's error brings about.
+# Errors that are consequences of another rank's error.
 _CONSEQUENCES = (CollectiveTimeoutError.__name__, PeerDiedError.__name__, GroupPoisonedError.__name__)
 
 _in_rank = False
@@ -46,25 +46,26 @@ class _Failure(NamedTuple):
 
 
 def run(fn: Callable[..., T], size: int, *args: Any, timeout_s: float = 120.0) -> list[T]:
-    """Call fn(world, *args) in `size` processes on this machine; their results, in rank order.
+    """Call fn(world, *args) in `size` processes on this machine and return their results in rank order.
 
-    fn, args and results are pickled, so fn is a function of a module or script, not a lambda; tensors go by value. A
-    script that calls run does so under `if __name__ == "__main__":`. Every process has this one's environment and what
-    torchrun would add to it, and one torch thread unless OMP_NUM_THREADS says otherwise. The world's deadline is three
-    quarters of timeout_s, so that a collective that waits in vain can still report it.
+    fn, args and results are pickled, so fn must be a function of a module or script, not a lambda; tensors are passed
+    by value. A script must call run under `if __name__ == "__main__":`. Every process has this one's environment plus
+    what torchrun would add to it, and one torch thread unless OMP_NUM_THREADS says otherwise. The world's deadline is
+    three quarters of timeout_s, so that a collective that waits in vain can still report it.
 
     Raises FcommError with the first failing rank's own traceback, CollectiveTimeoutError after timeout_s seconds;
-    in both cases, and on KeyboardInterrupt, every process that was started is gone when it raises.
+    in both cases, and on KeyboardInterrupt, all processes that were started have ended when it raises.
     """
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ArgumentError(f"run: size is {size!r}; pass a positive int")
     check_timeout("run", timeout_s)
     if mp.current_process().name.startswith("fcomm-rank-") and not _in_rank:
-        # This process reads the script to find fn in it. Starting ranks here would start ranks without end.
+        # This process imports the script to find fn in it. Starting ranks here would go on without end.
         os._exit(_UNGUARDED)
     call = _pickled(fn, args)
     store, port = loopback_store(timeout_s)
-    # A clean server process imports torch once and forks ranks in milliseconds; forking this one would copy threads.
+    # A clean server process imports torch once and forks a rank in milliseconds; forking this one would copy its
+    # threads.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     processes: list[ForkServerProcess] = []
@@ -77,7 +78,7 @@ def run(fn: Callable[..., T], size: int, *args: Any, timeout_s: float = 120.0) -
                 args=(call, _environment(rank, size, port), timeout_s, theirs),
                 name=f"fcomm-rank-{rank}",
             )
-            # Before it starts: Ctrl-C may come between any two lines.
+            # Append before the start, since Ctrl-C may come between any two lines.
             processes.append(process)
             pipes.append(ours)
             process.start()
@@ -113,7 +114,7 @@ def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
 
 
 def _dumps(value: Any) -> bytes:
-    """value as bytes; tensors by value: torch's own pickler for processes shares storages, which die with it."""
+    """value as bytes; tensors by value, since torch's own pickler shares storages, which disappear with the process."""
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer)
     pickler.dispatch_table = copyreg.dispatch_table | {torch.UntypedStorage: _reduce_storage}
@@ -122,7 +123,7 @@ def _dumps(value: Any) -> bytes:
 
 
 def _reduce_storage(storage: torch.UntypedStorage) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
-    # That of a tensor of a newer dtype (uint16, float8). torch fails to pickle it, but saves it.
+    # The storage of a tensor of a newer dtype (uint16, float8): torch fails to pickle it, but can save it.
     buffer = io.BytesIO()
     torch.save(storage, buffer)
     return _load_storage, (buffer.getvalue(),)
@@ -133,7 +134,7 @@ def _load_storage(saved: bytes) -> torch.UntypedStorage:
 
 
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:
-    # The forkserver keeps the environment that it was started with, so the present one goes along.
+    # The forkserver keeps the environment that it was started with, so the current one is passed along.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
     return inherited | {
         "RANK": str(rank),
@@ -153,7 +154,7 @@ def _rank_main(call: bytes, environment: dict[str, str], timeout_s: float, pipe:
     os.environ.clear()
     os.environ.update(environment)
     try:
-        threads, *_ = environment.get("OMP_NUM_THREADS", "1").split(",")  # a list is for nested loops
+        threads, *_ = environment.get("OMP_NUM_THREADS", "1").split(",")  # a list has one number per nesting level
         torch.set_num_threads(int(threads))
         fn, args = pickle.loads(call)
         world = init(timeout_s=0.75 * timeout_s)
@@ -168,7 +169,7 @@ def _rank_main(call: bytes, environment: dict[str, str], timeout_s: float, pipe:
 
 
 def _end_with_caller() -> None:
-    """A caller that is killed cannot kill its ranks, and the server process lives as long as they do."""
+    """End with the caller: once killed, it cannot kill its ranks, and the server process lives as long as they."""
     caller = mp.parent_process()
     if caller is not None:
         caller.join()

@@ -1,4 +1,4 @@
-"""Which process is which: an identity in one word, so that a peer on the same host can see whether it has ended."""
+"""Identities of processes, one word each, by which a peer on the same host can see whether a process has ended."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 
 def identity() -> str:
-    """host/process id/start time/namespace of the id of this process. Process ids are reused, identities are not."""
+    """This process's host/id/start time/namespace of the id. Process ids are reused, identities are not."""
     pid = os.getpid()
     return f"{_host()}/{pid}/{_start(pid) or ''}/{_id_namespace()}"
 
 
 def host(who: str) -> str:
-    """The host of an identity; equal on processes that share a loopback interface."""
+    """The host of an identity; equal for processes that share a loopback interface."""
     return who.split("/", maxsplit=1)[0]
 
 
@@ -26,10 +26,10 @@ def process(who: str) -> str:
 
 
 def has_ended(who: str) -> bool:
-    """Whether that process of this host has ended.
+    """Whether that process, of this host, has ended.
 
-    False where nothing is known of it: on another host, in another namespace of process ids (containers of one pod
-    share a network, and not these), or where this process has no descriptor left to look with.
+    False if nothing is known about it: it is on another host or in another namespace of process ids (containers of one
+    pod share a network, but not these), or this process has no file descriptor left to look with.
     """
     _, number, start, namespace = [*who.split("/"), "", "", ""][:4]
     if not who.startswith(f"{_host()}/") or namespace != _id_namespace() or not (number.isdigit() and start):
@@ -38,13 +38,13 @@ def has_ended(who: str) -> bool:
 
 
 def ended(identities: Sequence[str], among: Iterable[int] | None = None) -> list[int]:
-    """The ranks whose processes have ended, as far as this host knows: of all, or of some."""
+    """The ranks, of all or of some, whose processes have ended, if this host can know."""
     ranks = range(len(identities)) if among is None else sorted(among)
     return [r for r in ranks if r < len(identities) and has_ended(identities[r])]
 
 
 def stopped(identities: Sequence[str]) -> list[int]:
-    """The ranks whose processes are stopped, as by SIGSTOP or a debugger, as far as this host knows."""
+    """The ranks whose processes are stopped, by SIGSTOP or a debugger, say, if this host can know."""
     return [r for r, who in enumerate(identities) if not has_ended(who) and _state(who) in ("T", "t")]
 
 
@@ -99,6 +99,6 @@ def _start(pid: int) -> str | None:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return ""
-    except OSError:  # as when this process has no descriptor left
+    except OSError:  # for example, this process has no file descriptor left
         return None
     return "" if state in "ZX" else rest[18]

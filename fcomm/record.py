@@ -38,7 +38,7 @@ class Record:
     batch: Rule | None
     dtype: torch.dtype | None
 
-    # Cached, since every call asks for them.
+    # Cached, since every call needs them.
     @cached_property
     def params(self) -> tuple[str, ...]:
         """Names of the static parameters, in schema order."""
@@ -60,13 +60,13 @@ class Record:
         return self.inputs + self.aux
 
     def named(self, params: Sequence[Any]) -> dict[str, Any]:
-        """The static parameters as rules and lowerings get them: by name, lists as tuples."""
+        """The static parameters in the form that rules and lowerings get: by name, lists as tuples."""
         named = dict(zip(self.params, params, strict=True))
         return {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()} if self.has_lists else named
 
 
 def default_params(record: Record) -> dict[str, Any]:
-    """A value for each static parameter where nobody says one: dims and ranks 0, bools True, op "sum", lists None."""
+    """Defaults for the static parameters: dims and ranks 0, bools True, op "sum", lists None."""
     values = {"int": 0, "SymInt": 0, "bool": True, "str": "sum"}
     return {name: values.get(kind) for kind, name in record.declared}
 
@@ -81,12 +81,12 @@ def _parts(schema: str) -> list[str]:
 
 
 _TYPE = re.compile(r"(int|SymInt|float|bool|str)(\[\])?\??")
-# Names that the op, the rules or a residual have already.
+# Names already used by the op, the rules or a residual.
 _TAKEN = ("index", "group", "backend", "ct", "y")
 
 
 def check_record(record: Record) -> None:
-    """Raise ArgumentError for the first thing in a record that no collective can have; it has not been registered."""
+    """Raise ArgumentError for the first invalid field of a record that is not registered yet."""
 
     def refuse(text: str) -> ArgumentError:
         return ArgumentError(f"define: {record.name}: {text}", op=record.name)
@@ -143,7 +143,7 @@ def _check_names(record: Record, refuse: Callable[[str], ArgumentError]) -> None
 
 
 def _check_rules(record: Record, refuse: Callable[[str], ArgumentError]) -> None:
-    """Every rule must be a function that can be called as it will be."""
+    """Every rule must be a function that accepts the call it will get."""
     tensors, inputs, aux, params = record.tensors, record.inputs, record.aux, record.params
     handles = ("group", "backend")
     whole = (*aux, *inputs, "y") if record.nonlinear is not always_linear else aux

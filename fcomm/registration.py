@@ -1,6 +1,6 @@
-"""How torch sees a collective: the only file that registers ops, and knows autograd's insides and functorch's.
+"""How torch sees a collective: the only file that registers ops, and that knows the insides of autograd and functorch.
 
-One call of define() turns a record into the op fcomm::<name> with every kernel that torch's transforms ask for:
+One call of define() turns a record into the op fcomm::<name> with every kernel that torch's transforms need:
 
     kernel                      called by                                does
     CompositeExplicitAutograd   a real machine                           names -> handles -> the backend's lowering
@@ -9,7 +9,7 @@ One call of define() turns a record into the op fcomm::<name> with every kernel 
     Meta                        compile, export                          the record's shape
 
 Why not custom_op with register_autograd: it refuses torch.func.grad, gives silently zero tangents in forward mode, and
-costs three times as much a call. Why not an autograd.Function around a raw op: compiled torch.func.grad of it is
+costs three times as much per call. Why not an autograd.Function around a raw op: compiled torch.func.grad of it is
 silently zero. notes/0002-autograd-kernel.md has the measurements.
 """
 
@@ -29,8 +29,8 @@ import torch.autograd.forward_ad as fwd
 # Private: the dispatcher's key sets, functorch's interpreter stack and the modes that the eager shortcut must respect.
 from torch import _C, Tensor, library
 
-# Private: lets an autograd node be made for one functorch level at a time; torch.autograd.Function.apply would instead
-# re-enter functorch, and the dispatcher is already there.
+# Private: makes an autograd node for one functorch level at a time. torch.autograd.Function.apply would re-enter
+# functorch, which has already called the dispatcher.
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -41,8 +41,8 @@ from fcomm.rendezvous import live
 
 RECORDS: dict[str, Record] = {}
 _OPS: dict[str, Any] = {}
-# Of each collective, since Dynamo does not look into a record: how many tensors and parameters it takes, and the places
-# of the parameters that are lists of sizes, where shapes depend on the rank's own entry.
+# Kept apart from the records, which Dynamo does not look into: how many tensors and parameters each collective takes,
+# and which parameters are lists of sizes, where shapes depend on the rank's own entry.
 _COUNTS: dict[str, tuple[int, int]] = {}
 _SIZED: dict[str, tuple[int, ...]] = {}
 
@@ -72,8 +72,8 @@ def define(
     """Register a collective under fcomm::<name>, to be called with apply(name, x, group, backend, *params).
 
     schema: static parameters in torch's schema language, "int dim, bool tiled"; rules get them by keyword. Types are
-        int, SymInt, float, bool, str, with [] for a list and ? for None; no defaults. A list with an entry for each
-        rank, on which a rank's shapes depend, is SymInt[].
+        int, SymInt, float, bool, str, with [] for a list and ? for None; no defaults. A list is SymInt[] if it has an
+        entry for each rank and a rank's shapes depend on its own.
     spec: the meaning. spec(xs, **params) -> ys over the lists of all ranks' tensors, in differentiable torch; with
         several tensors spec(list, list, ..., **params). It is the simulator and the oracle of every gradient test.
     shape: shape(x_shape, group, **params) -> shape of the result on this rank; must accept symbolic sizes. With several
@@ -82,20 +82,20 @@ def define(
         inputs. If nonlinear(**params) is true it also gets x= and y=; it always gets the tensors named in aux.
         None: asking for a derivative raises FcommError.
     jvp: "linear": the collective itself, applied to the tangents. Else jvp(tangent, group, backend, x=, y=, **params).
-    dims: the parameters that are dimensions of x; vmap shifts them past its own.
+    dims: the parameters that are dimensions of x; vmap shifts them past its own dimension.
     inputs, aux: names of the tensors that have a derivative, and of those that have none.
-    shape_of: names of inputs whose shape, dtype and device are all that vjp asks for. It gets them by keyword as
-        stand-ins without data, so that the caller may change or free the tensors before backward.
+    shape_of: names of inputs of which vjp needs only shape, dtype and device. It gets them by keyword, as stand-ins
+        without data, so that the caller may change or free the tensors before backward.
     replicated: "x" if the argument is one value replicated on all ranks (one cotangent for all, not one each), "y" if
         the result is; tests pair the derivative accordingly.
     busbw: size -> factor from algorithm to bus bandwidth (nccl-tests, doc/PERFORMANCE.md).
     compose: compose(x, group, backend, **params), used on backends that have no lowering of this name.
-    batch: batch(call, size, in_dims, tensors) -> (result, batch dim), where moving the batch dim first is not enough;
-        call(*tensors) is the collective on less batched tensors, size the length of the batch.
-    dtype: of the result, where it is not x's.
+    batch: batch(call, size, in_dims, tensors) -> (result, batch dim), if moving the batch dim to the front is not
+        enough; call(*tensors) is the collective on tensors without that batch dim, size the length of the batch.
+    dtype: the result's dtype, if it is not x's.
 
-    Raises FcommError, and registers nothing, if a field is malformed or the name is taken: a collective is defined once
-    in a process.
+    Raises FcommError, and registers nothing, if a field is malformed or the name is taken: a collective can be defined
+    once in a process.
     """
     record = Record(
         name, schema, spec, shape, vjp, jvp, tuple(dims), tuple(inputs), tuple(aux), nonlinear or always_linear,
@@ -125,12 +125,12 @@ def define(
 
 
 def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Backend, *params: Any) -> Tensor:
-    """Call a defined collective on x (or its several tensors); params in schema order.
+    """Call a defined collective on x (a tuple if it takes several tensors); params in schema order.
 
     Checks what is common to all collectives; raises FcommError or TypeError before any communication.
     """
     if not torch.compiler.is_compiling():
-        # A call like an earlier one: what that one's checks found holds, if torch sees no more in it.
+        # A call like an earlier one: what that one's checks found still holds, if torch sees nothing new in it.
         try:
             of, by, keys, lowering = _CALLS.get((name, group.name, backend.name, params), _NO_CALL)
         except (AttributeError, TypeError):  # no handles, or a list among params
@@ -153,7 +153,7 @@ def apply(name: str, x: Tensor | tuple[Tensor, ...], group: Group, backend: Back
     if not (torch.compiler.is_compiling() or _is_watched()) and all(
         _is_plain(x) and not _is_wrapped(x) for x in tensors
     ):
-        # Nothing but the machine is interested: skip the dispatcher, which costs more than a small collective.
+        # Only the machine needs this call: skip the dispatcher, which costs more than a small collective.
         if GROUPS.get(group.name) is group and BACKENDS.get(backend.name) is backend:
             y: Tensor = op.machine(*tensors, None, *params, group.name, backend.name)
             if len(tensors) == 1:
@@ -196,7 +196,7 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
             raise TypeError(f"{name}: x has layout {x.layout}; collectives take strided tensors, pass x.to_dense()")
         if x.is_quantized:
             raise TypeError(f"{name}: x is quantized ({x.dtype}); pass x.dequantize() or x.int_repr()")
-        device = "cpu" if x.is_cpu else x.device.type  # a device object costs as much as all else here
+        device = "cpu" if x.is_cpu else x.device.type  # a device object costs as much as the rest here
         if device == "meta":
             raise TypeError(f"{name}: x is on the meta device and has no data; materialise it first")
         if backend.devices and device not in backend.devices:
@@ -207,12 +207,12 @@ def check_call(name: str, tensors: Sequence[Tensor], group: Group, backend: Back
 
 
 def not_a_group(name: str, group: object) -> TypeError:
-    """The error of a call whose group is none."""
+    """The error of a call whose group is not a Group."""
     return TypeError(f"{name}: group is {group!r}; pass a Group, from fcomm.init, fcomm.split, fcomm.axis, ...")
 
 
 def not_a_tensor(name: str, option: str, x: object) -> TypeError:
-    """The error of a call whose x, or other tensor, is none."""
+    """The error of a call whose x, or other tensor argument, is not a tensor."""
     if isinstance(x, torch.fx.Proxy):
         return TypeError(
             f"{name}: {option} is a Proxy of torch.fx.symbolic_trace, which has no shape to check; trace with "
@@ -222,7 +222,7 @@ def not_a_tensor(name: str, option: str, x: object) -> TypeError:
 
 
 def refuse_nested(name: str) -> NoReturn:
-    """Raise: a nested tensor has no shape, which even the checks of a call ask for."""
+    """Raise: a nested tensor has no shape, which even the checks of a call need."""
     raise TypeError(
         f"{name}: x is a nested tensor, whose rows have lengths of their own; pass its rows, x.unbind(), to the "
         "coalesced collectives, or torch.nested.to_padded_tensor(x, 0.0)"
@@ -232,16 +232,16 @@ def refuse_nested(name: str) -> NoReturn:
 # --- the machine --------------------------------------------------------------------------------------------------
 
 
-# Calls on the machine, to be made again without checks, by their names and parameters: the handles, what torch's
-# dispatcher knows of tensors that passed the checks (device, layout, lazy bits, wrappers), and the lowering.
+# Calls on the machine that need no checks the next time, by their names and parameters: the handles, what torch's
+# dispatcher knows about tensors that passed the checks (device, layout, lazy bits, wrappers), and the lowering.
 _CALLS: dict[tuple[Any, ...], tuple[Group, Backend, set[int], Rule]] = {}
 FOUND.append(_CALLS)
-_MOST_FOUND = 1000  # then all is forgotten
+_MOST_FOUND = 1000  # when exceeded, all are forgotten
 _NO_CALL: tuple[Any, ...] = (None, None, frozenset(), None)
 
 
 def _remember(record: Record, x: Tensor, group: Group, backend: Backend, params: tuple[Any, ...]) -> None:
-    if any(isinstance(p, list) for p in params):  # no key; sizes differ from call to call anyway
+    if any(isinstance(p, list) for p in params):  # not hashable, and sizes differ from call to call anyway
         return
     call = _call_again(record, group, backend, params)
     if call is None or x.is_conj() or x.is_neg() or x._is_zerotensor():
@@ -249,12 +249,12 @@ def _remember(record: Record, x: Tensor, group: Group, backend: Backend, params:
     if len(_CALLS) >= _MOST_FOUND:
         _CALLS.clear()
     _, _, keys, _ = _CALLS.setdefault((record.name, group.name, backend.name, params), (group, backend, set(), call))
-    # Private: torch has no public way to ask for all of this at once, and one by one it costs as much as the call.
+    # Private: torch has no public way to ask for all of this at once, and asking one by one costs as much as the call.
     keys.add(_C._dispatch_keys(x).raw_repr())
 
 
 def _call_again(record: Record, group: Group, backend: Backend, params: Sequence[Any]) -> Rule | None:
-    """The lowering with its params, if that is all that a call on the machine does, and that all equal params do."""
+    """The lowering with its params, if a call on the machine does nothing else, and does the same for equal params."""
     lowering = backend.lowerings.get(record.name)
     if lowering is None or len(group.ranks) == 1 or any(kind.startswith("float") for kind, _ in record.declared):
         return None  # floats: -0.0 equals 0.0
@@ -262,7 +262,7 @@ def _call_again(record: Record, group: Group, backend: Backend, params: Sequence
 
 
 def _is_watched() -> bool:
-    """Whether a transform, a mode, a profiler or a tracer wants to see an eager call, whatever its tensors are."""
+    """Whether a transform, a mode, a profiler or a tracer must see an eager call, whatever its tensors are."""
     return (
         _C._are_functorch_transforms_active()
         or _C._len_torch_dispatch_stack() > 0
@@ -274,12 +274,12 @@ def _is_watched() -> bool:
 
 
 def _is_plain(x: Any) -> TypeGuard[Tensor]:
-    """Whether x is a tensor of torch's own type, and no derivative by it is wanted."""
+    """Whether x is of torch's own tensor type, and no derivative with respect to it is wanted."""
     return type(x) in _PLAIN_TYPES and not (x.requires_grad and _C.is_grad_enabled())
 
 
 def _is_wrapped(x: Tensor) -> bool:
-    """Whether x is a tensor of a transform that may be over; its type does not tell."""
+    """Whether x is a tensor of a transform, perhaps one that is over; its type does not tell."""
     # autograd.grad(is_grads_batched=True) runs backward on the batches of torch's first vmap, not functorch's.
     return (
         _C._functorch.is_functorch_wrapped_tensor(x)
@@ -304,7 +304,7 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
     named = record.named(params)
     lowering = backend.lowerings.get(record.name)
     if lowering is not None:
-        if len(tensors) == 1:  # unrolled: a generator or a call more would show in what a small collective costs
+        if len(tensors) == 1:  # unrolled: one more generator or call would be visible in the cost of a small collective
             (x,) = tensors
             if not x.is_contiguous() or x.is_conj() or x.is_neg() or x._is_zerotensor():
                 x = _ready(x)
@@ -312,7 +312,7 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
         return lowering(*map(_ready, tensors), group, **named)
     if record.compose is not None:
         y: Tensor = record.compose(*tensors, group, backend, **named)
-        return y.detach()  # no view: see _alone
+        return y.detach()  # must not be a view: see _alone
     reason = backend.unsupported.get(record.name, "it has no lowering of that name")
     raise FcommError(
         f"{record.name}: backend '{backend.name}' does not support it: {reason}; "
@@ -321,7 +321,7 @@ def _lower(record: Record, tensors: Sequence[Tensor], group: Group, backend: Bac
 
 
 def _ready(x: Tensor) -> Tensor:
-    if x._is_zerotensor():  # zeros without storage, which torch's derivatives hand out: a machine would read address 0
+    if x._is_zerotensor():  # zeros without storage, which torch's derivatives produce: a machine would read address 0
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     return x.resolve_conj().resolve_neg().contiguous()
 
@@ -333,12 +333,12 @@ def _alone(record: Record, tensors: Sequence[Tensor], params: Sequence[Any]) -> 
         (y,) = record.spec(*([x] for x in tensors), **record.named(params))
     shared = any(y.untyped_storage()._cdata == x.untyped_storage()._cdata for x in tensors)
     y = y.resolve_conj().resolve_neg().contiguous()
-    # detach: a view, even of another tensor of the spec's, is nothing that autograd lets the caller write into.
+    # detach: autograd does not let the caller write into a view, even one of a tensor that the spec made.
     return y.clone() if shared else y.detach()
 
 
 def _lowering_kernel(record: Record, op: Any = None) -> Rule:
-    """The collective on the machine; op: given where the caller skips the dispatcher, which only a profiler wants."""
+    """The collective on the machine. op: given if the caller skips the dispatcher; a profiler then gets it instead."""
     name, count = record.name, len(record.tensors)
 
     def lowering_kernel(*args: Any) -> Tensor:
@@ -348,7 +348,7 @@ def _lowering_kernel(record: Record, op: Any = None) -> Rule:
         backend = BACKENDS.get(args[-1]) or _backend(name, args[-1])
         return _lower(record, args[:count], group, backend, args[count + 1 : -2])
 
-    # What calls with the same static arguments found before: a program makes the same few again and again.
+    # What earlier calls with the same static arguments found: a program makes the same few calls again and again.
     found: dict[tuple[Any, ...], tuple[Group, Rule]] = {}
     FOUND.append(found)
 
@@ -367,7 +367,7 @@ def _lowering_kernel(record: Record, op: Any = None) -> Rule:
         return call(x, group)  # type: ignore[no-any-return]
 
     def first_call(*args: Any) -> Tensor:
-        y = lowering_kernel(*args)  # raises where the group cannot be used
+        y = lowering_kernel(*args)  # raises if the group cannot be used
         group = GROUPS[args[-2]]
         call = _call_again(record, group, BACKENDS[args[-1]], args[2:-2])
         if call is not None and args[1] is None:
@@ -380,7 +380,7 @@ def _lowering_kernel(record: Record, op: Any = None) -> Rule:
 
 
 _NOTHING: tuple[Any, Any] = (None, None)
-# A forked child's groups are its parent's; live() says so, in first_call.
+# A forked child's groups belong to its parent; live(), which first_call reaches, raises for them.
 os.register_at_fork(after_in_child=forget_found)
 
 
@@ -419,13 +419,14 @@ def _fake_kernel(record: Record, op: Any) -> Rule:
 
 
 def _shorten_inductor_call(op: Any) -> None:
-    """Let graphs that Inductor compiles from now on call op.machine, and not the op by way of the dispatcher.
+    """Let graphs that Inductor compiles from now on call op.machine, not the op through the dispatcher.
 
-    Transforms are done when Inductor generates code, and the dispatcher with its Autograd kernel costs more than a
-    small collective. Called by fake kernels, which Inductor's front end runs: importing it here would take seconds.
+    All transforms have been applied when Inductor generates code, and the dispatcher with its Autograd kernel costs
+    more than a small collective. Fake kernels call this function, since Inductor's front end runs them: importing
+    Inductor here would take seconds.
     """
     lowering: Any = sys.modules.get("torch._inductor.lowering")
-    # Private: Inductor has no public way to say what a generated call looks like. Without these names, or where another
+    # Private: Inductor has no public way to say what a generated call looks like. Without these names, or if another
     # lowering is registered, graphs call the op itself.
     if (
         not hasattr(lowering, "fallback_handler")
@@ -449,11 +450,12 @@ def _shorten_inductor_call(op: Any) -> None:
             node.get_kernel_name = lambda: _name_in_module(V.graph.wrapper_code, direct)
         output = result.data.data
         if own and not any(getattr(length, "free_symbols", ()) for length in output.get_size()):
-            # An assertion of the result's shape, a twelfth of a small call. Shape rules of this package are tested
-            # against results, lengths that a graph reads are not known here, and the ranks compare shapes anyway.
+            # Leave out the assertion of the result's shape, a twelfth of a small call. This package's shape rules are
+            # tested against results, lengths that a graph reads are excluded above, and the ranks compare shapes
+            # anyway.
             output.skip_size_stride_alignment_checks = True
         if V.graph.is_backward and V.graph.current_node.meta.get("partitioner_tag") == "is_forward":
-            # A call of forward, which the backward graph holds for its result: without a use it is not made again.
+            # A forward call that the backward graph contains for its result: not repeated if nothing uses it.
             node.has_side_effects = lambda: False
         _keep_behind(V.graph, node, earlier)
         return result
@@ -462,11 +464,11 @@ def _shorten_inductor_call(op: Any) -> None:
 
 
 def _keep_behind(graph: Any, node: Any, earlier: Sequence[Any]) -> None:
-    """Have the call of node generated behind the earlier ones, back to the last that is made in any case.
+    """Have node's call generated after the earlier ones, back to the last one that is made in any case.
 
-    The scheduler orders by data alone: calls that do not depend on each other are generated in any order.
+    The scheduler orders only by data: calls that do not depend on each other are generated in any order.
     """
-    # Private: what the scheduler knows of order, beside data. Without it, calls may be reordered.
+    # Private: the order that the scheduler keeps besides data. Without it, calls may be reordered.
     if hasattr(graph, "additional_buffer_deps"):
         for before in reversed(earlier):
             graph.additional_buffer_deps[node.get_operation_name()].add(before.get_name())
@@ -475,8 +477,8 @@ def _keep_behind(graph: Any, node: Any, earlier: Sequence[Any]) -> None:
 
 
 def _name_in_module(wrapper: Any, dotted: str) -> str:
-    """A global of the generated module for it: five look-ups less in each call."""
-    if type(wrapper).__name__ != "PythonWrapperCodegen":  # a part of a module, whose head is another wrapper's
+    """The name of a global for it in the generated module: five fewer look-ups per call."""
+    if type(wrapper).__name__ != "PythonWrapperCodegen":  # a part of a module whose head another wrapper writes
         return dotted
     name = "_".join(dotted.split(".")[2:4])
     wrapper.add_import_once(f"{name} = {dotted}")
@@ -485,11 +487,11 @@ def _name_in_module(wrapper: Any, dotted: str) -> str:
 
 @cache
 def _leave_in_place(post_grad: Any) -> None:
-    """Let Inductor's front end move no call in a graph that has collectives: it moves each to where its result is used.
+    """Keep Inductor's front end from moving collectives: it moves each call to where its result is used.
 
-    Inductor's setting of that name would do it for the graphs that have none, too.
+    Inductor's setting of that name would do so for graphs without collectives too.
     """
-    # Private: Inductor asks nobody what may be moved. Without this name there is no such pass.
+    # Private: Inductor has no hook for what may be moved. Without this name there is no such pass.
     if not hasattr(post_grad, "reorder_for_locality"):
         return
     reorder = post_grad.reorder_for_locality
@@ -504,12 +506,12 @@ def _leave_in_place(post_grad: Any) -> None:
 
 
 def _never_merge(op: Any) -> None:
-    """Let no graph call op once where the program calls it twice on the same tensor: another rank's graph may not.
+    """Keep graphs from merging two calls of op on the same tensor into one: another rank's graph may not merge them.
 
-    It happens most in backward, where two results of one sum have one cotangent.
+    It happens mostly in backward, where two results that were added get the same cotangent.
     """
     utils = sys.modules.get("torch._functorch.compile_utils")
-    # Private: what the pass that merges equal calls leaves alone. Without this list, they may be merged.
+    # Private: the ops that the pass for merging equal calls leaves alone. Without this list, calls may be merged.
     kept = getattr(utils, "rand_ops", None)
     if isinstance(kept, list) and op.overloadpacket not in kept:
         kept.append(op.overloadpacket)
@@ -517,13 +519,14 @@ def _never_merge(op: Any) -> None:
 
 @cache
 def _keep_in_pass(partitioners: Any) -> None:
-    """Let every collective be called in the pass, forward or backward, in which the program calls it, and in no other.
+    """Keep every collective in the pass, forward or backward, in which the program calls it, and in no other.
 
-    Else a backward one that does not depend on the cotangent (the number of ranks that attain a maximum, all_reduce of
-    the cotangent of 0 * y) is called in forward, on the ranks where it does not; and a forward one also in backward.
+    Otherwise a backward call that does not depend on the cotangent (the number of ranks that attain a maximum,
+    all_reduce of the cotangent of 0 * y) moves to forward, but only on ranks where it does not; and a forward call may
+    be repeated in backward.
     """
-    # Private: the partitioner's marks. They are lost where a pass removes a no-op behind a node, so they are set when
-    # it first looks at the nodes. Without this name, calls may move between the passes.
+    # Private: the partitioner's marks. They are lost when a pass removes a no-op after a node, so they are set when the
+    # partitioner first looks at the nodes. Without this name, calls may move between the passes.
     if not hasattr(partitioners, "classify_nodes"):
         return
     classify = partitioners.classify_nodes
@@ -536,7 +539,7 @@ def _keep_in_pass(partitioners: Any) -> None:
                 tag = node.meta.get("partitioner_tag")
                 if tag == "is_backward":
                     node.meta["partitioner_tag"] = "must_be_in_backward"
-                elif tag == "is_forward" and not node.meta.get("recompute"):  # else checkpoint asks for it
+                elif tag == "is_forward" and not node.meta.get("recompute"):  # otherwise checkpoint asked to repeat it
                     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         return classify(joint, *args, **kwargs)
 
@@ -564,7 +567,7 @@ def _autograd_kernel(record: Record, op: Any) -> Rule:
         if below.highestPriorityTypeId() in _MACHINES and not any(
             isinstance(x, Tensor) and x.is_meta for x in args[:count]
         ):
-            # No mode, no functorch level, no fake tensor below: call the kernel that redispatching would find.
+            # No mode, functorch level or fake tensor below: call the kernel that redispatching would find.
             return plain_kernel(*args)
         return op.redispatch(keyset & _C._after_autograd_keyset, *args)
 
@@ -575,12 +578,12 @@ _MACHINES = frozenset((_C.DispatchKey.CPU, _C.DispatchKey.CUDA, _C.DispatchKey.P
 
 
 def _node(record: Record, op: Any) -> Any:
-    """The autograd node of a record: one functorch level of it, written with the record's vjp and jvp."""
+    """The autograd node of a record, for one functorch level, written with the record's vjp and jvp."""
     count, inputs = len(record.tensors), len(record.inputs)
     places = [record.inputs.index(name) for name in record.shape_of]
 
     class Node(torch.autograd.function._SingleLevelFunction):
-        # Private: what compiled autograd tells nodes apart by; torch.autograd.Function has it, its base has not.
+        # Private: what compiled autograd distinguishes nodes by; torch.autograd.Function has it, its base does not.
         @staticmethod
         def _compiled_autograd_key(ctx: Any) -> tuple[Any, ...]:
             return (ctx._autograd_function_id,)
@@ -594,7 +597,7 @@ def _node(record: Record, op: Any) -> Any:
             tensors, index, ctx.params, ctx.handles = args[:count], args[count], args[count + 1 : -2], args[-2:]
             ctx.nonlinear = record.nonlinear(**record.named(ctx.params))
             whole = (index, *tensors[inputs:], *tensors[:inputs], y)
-            # Not detach(): it shares the version, and backward would refuse what was changed in place.
+            # Not detach(): it shares the version counter, and backward would refuse a tensor changed in place.
             shapes = [tensors[i].new_empty(()).expand(tensors[i].shape) for i in places]
             ctx.save_for_backward(*(whole if ctx.nonlinear else (*whole[: len(record.aux) + 1], *shapes)))
             if forward_mode:
@@ -616,12 +619,12 @@ def _node(record: Record, op: Any) -> Any:
         def jvp(ctx: Any, _: Any, *tangents: Any) -> Tensor:
             if record.jvp is None:
                 raise FcommError(f"{record.name}: it has no derivative; detach its argument")
-            # torch turns forward mode off here, for all levels: a jvp around this one would be silently zero.
+            # torch switches forward mode off here for all levels: a jvp around this one would be silently zero.
             with _bound_again(ctx, True) as (group, backend, saved), fwd._set_fwd_grad_enabled(True):
-                # Of this level the tangents are taken already.
+                # The tangents of this level have already been taken.
                 residuals = {name: torch._VF._unpack_dual(x, level=0).primal for name, x in saved.items()}
-                # torch gives a tangent the batch dims of its primal, or not, by the layout of the two; a rank that
-                # communicates a batch and one that does not would wait for each other for ever.
+                # Whether torch gives a tangent the batch dims of its primal depends on the layout of the two. A rank
+                # that communicates a batch and one that does not would wait for each other for ever.
                 false = torch.zeros((), dtype=torch.bool, device=residuals["y"].device)
                 tangents = tuple(
                     torch.where(false, residuals[name].detach(), t)
@@ -635,7 +638,7 @@ def _node(record: Record, op: Any) -> Any:
 
     @contextmanager
     def _bound_again(ctx: Any, whole: bool) -> Iterator[tuple[Group, Backend, dict[str, Tensor]]]:
-        """The handles and saved tensors of a node; its axis is bound, since simulate may have returned long ago."""
+        """The handles and saved tensors of a node. Binds its axis again, since simulate may have returned long ago."""
         index, *saved = ctx.saved_tensors
         names = (*record.aux, *((*record.inputs, "y") if whole else record.shape_of))
         group_key, backend_name = ctx.handles
@@ -646,7 +649,7 @@ def _node(record: Record, op: Any) -> Any:
                 dict(zip(names, saved, strict=True)),
             )
 
-    # Private: the class of the nodes in the graph, whose name printed tensors, profiles and anomaly mode show.
+    # Private: the class of the graph's nodes; printed tensors, profiles and anomaly mode show its name.
     shown: Any = Node._backward_cls
     shown.__name__ = shown.__qualname__ = f"{record.name.title().replace('_', '')}Backward"
     return Node
@@ -659,8 +662,8 @@ def _is_forward_mode() -> bool:
 
 
 def _has_tangent(inputs: Sequence[Tensor]) -> bool:
-    """Whether an input is a dual tensor; a graph of Dynamo enters the level where Python's count does not see it."""
-    # Private: what forward_ad.unpack_dual calls, which asks that count.
+    """Whether an input is a dual tensor; Dynamo's graphs enter the level where Python's count does not see it."""
+    # Private: what forward_ad.unpack_dual calls; the public function relies on that count.
     return any(torch._VF._unpack_dual(x, level=0).tangent is not None for x in inputs)
 
 
@@ -674,7 +677,7 @@ def _batching_kernel(record: Record, op: Any) -> Rule:
         tensors, index, params = args[:count], args[count], args[count + 1 : -2]
         index_dim, in_dims = in_dims[count], tuple(in_dims)[:count]
         if index_dim is not None:
-            # The index is batched at its axis's own level only: this batch dimension is the ranks.
+            # The index is batched only at its axis's own level: this batch dimension is the ranks.
             lists = [
                 [x] * info.batch_size if d is None else list(x.unbind(d)) for x, d in zip(tensors, in_dims, strict=True)
             ]
@@ -698,7 +701,7 @@ def _batching_kernel(record: Record, op: Any) -> Rule:
 
 
 def batched_as(x: Tensor, *others: Tensor) -> Tensor:
-    """x, as a batch at each level of vmap where one of the others is; x itself where none is active."""
+    """x, batched at each level of vmap at which one of the others is; x itself if no level is active."""
     if _C._are_functorch_transforms_active():
         false = torch.zeros((), dtype=torch.bool, device=x.device)
         for other in others:
@@ -707,10 +710,10 @@ def batched_as(x: Tensor, *others: Tensor) -> Tensor:
 
 
 class _Bound(threading.local):
-    """While an axis is bound by simulate: its index tensor, arange(size) batched at the axis's vmap level.
+    """The index tensor of each axis that simulate has bound: arange(size), batched at the axis's vmap level.
 
-    Every op takes it as an argument: it tells that level from all others, and makes the level see calls whose x is the
-    same on all ranks. Each thread has levels of its own.
+    Every op takes it as an argument. It distinguishes that level from all others, and makes the level see calls whose x
+    is the same on all ranks. Each thread has its own levels.
     """
 
     def __init__(self) -> None:
@@ -718,12 +721,12 @@ class _Bound(threading.local):
 
 
 _BOUND = _Bound()
-_BOUND_LAST: dict[str, Tensor] = {}  # by any thread
+_BOUND_LAST: dict[str, Tensor] = {}  # bound by any thread
 
 
 @contextmanager
 def bound(key: str, index: Tensor | None) -> Iterator[None]:
-    """Collectives called in the block on the axis of that key see its index tensor."""
+    """In the block, collectives on the axis of that key see its index tensor."""
     here, last = _BOUND.index.get(key), _BOUND_LAST.get(key)
     if index is not None:
         _BOUND.index[key] = _BOUND_LAST[key] = index
@@ -744,7 +747,7 @@ def _restore(table: dict[str, Tensor], key: str, index: Tensor | None) -> None:
 def _index(key: str) -> Tensor | None:
     index = _BOUND.index.get(key)
     if index is None and _BOUND_LAST and not torch.compiler.is_compiling() and _C._current_autograd_node() is not None:
-        # Autograd's thread for a device: it runs a checkpoint again with the levels of the thread that bound the axis.
+        # Autograd's thread for a device: it reruns a checkpoint with the levels of the thread that bound the axis.
         index = _BOUND_LAST.get(key)
     return index
 
@@ -761,9 +764,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @contextmanager
 def compiler_traces_derivatives() -> Iterator[None]:
-    """In the block torch.compile traces torch.autograd.grad, and a checkpoint of a function with a side effect.
+    """In the block, torch.compile traces torch.autograd.grad and checkpoints of functions with a side effect.
 
-    Such a side effect is simulate's binding of its axis, which need not be repeated in backward.
+    simulate's binding of its axis is such a side effect; it need not be repeated in backward.
     """
     # Private: both are off by default, and absent from older torch.
     wanted = ("trace_autograd_ops", "skip_fwd_side_effects_in_bwd_under_checkpoint")
@@ -773,23 +776,23 @@ def compiler_traces_derivatives() -> Iterator[None]:
 
 
 def compiler_counters() -> dict[str, Any]:
-    """torch.compile's own counts since they were cleared: ["graph_break"] by reason, ["stats"]["unique_graphs"]."""
+    """torch.compile's own counters since they were cleared: ["graph_break"] by reason, ["stats"]["unique_graphs"]."""
     # Private: the only place where torch counts breaks and graphs.
     return torch._dynamo.utils.counters
 
 
 def constant_to_compiler(fn: _F) -> _F:
-    """Mark fn: torch.compile runs it while it traces, and takes the result, a string or a number, as a constant."""
+    """Mark fn: torch.compile runs it while tracing and takes the result, a string or a number, as a constant."""
     # Private: all that torch.compiler.assume_constant_result does after importing the compiler, which takes seconds.
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
 
 
 def holds(fact: bool) -> bool:
-    """fact; or True where it is about lengths that a graph reads from a tensor, which are not known while it is traced.
+    """fact; or True if it is about lengths that a graph reads from a tensor, which are not known during tracing.
 
-    The compiler is told, and the graph checks the fact whenever it runs; but of two lengths that are said to be equal
-    torch takes one for both.
+    The compiler is told, and the graph checks the fact whenever it runs; but if two lengths are said to be equal, torch
+    uses one for both.
     """
     if not torch.compiler.is_compiling():
         return fact
@@ -797,24 +800,24 @@ def holds(fact: bool) -> bool:
 
     known = guard_or_true(fact)
     if known:
-        # Private in name only: torch's way to tell the compiler a fact about a size.
+        # Private only in name: torch's way to tell the compiler a fact about a size.
         torch._check(fact)
     return known
 
 
 def process_group_named(name: str) -> Any:
-    """The ProcessGroup of that name, for functions that others call with names; RuntimeError if there is none."""
-    # Private: torch has no public way from a name to its group.
+    """The ProcessGroup of that name, for functions that accept names; RuntimeError if there is none."""
+    # Private: torch has no public way to find a group by its name.
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-# Private: what torch.from_dlpack calls for a capsule; its checks of other arguments take a third of the time.
+# Private: what torch.from_dlpack calls for a capsule; that function's other checks take a third of the time.
 tensor_of_capsule: Callable[[object], Tensor] = getattr(_C, "_from_dlpack", torch.from_dlpack)
 
 
 def async_collective_tensor() -> type[Tensor]:
-    """torch's class of a result in flight, for others' isinstance; no such tensor is made here."""
-    # Private: torch has no public name for it. Here, because its module would be a third of the time to import fcomm.
+    """torch's class of a result in flight, for isinstance checks in other code; no such tensor is made here."""
+    # Private: torch has no public name for it. Imported here: its module would take a third of fcomm's import time.
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
     return AsyncCollectiveTensor

@@ -1,4 +1,4 @@
-"""How ranks find each other: launcher environment, torch.distributed, or a store -> Group; and what a live group owns.
+"""How ranks find each other and form a Group: launcher, torch.distributed, or a store; and what a live group owns.
 
 A Group is a value; what belongs to it in this process (store, deadline, communicators) is its Live record, kept here
 and dropped by close(). Creating a subgroup communicates nothing: its communicators open at first use.
@@ -38,8 +38,8 @@ class Live:
 
     store: carries this group's bootstrap messages, under a prefix that no other group or earlier epoch shares.
     timeout_s: deadline of every blocking call on the group.
-    process_group: the caller's own torch.distributed group, where the group was made from one; never closed here.
-    identities: of the ranks' processes, as in fcomm/processes.py; empty where they are not known.
+    process_group: the caller's own torch.distributed group, if the group was made from one; never closed here.
+    identities: those of the ranks' processes, as in fcomm/processes.py; empty if they are not known.
     """
 
     group: Group
@@ -61,8 +61,8 @@ class Live:
     ) -> T:
         """The communicator of this group under key, opened at first use and closed with the group.
 
-        leave: called before it, and before any other group is closed by the same call; waits for nobody.
-        Raises GroupClosedError where another thread closes the group meanwhile.
+        leave: called before close, and before the same call closes any other group; must not wait for other ranks.
+        Raises GroupClosedError if another thread closes the group meanwhile.
         """
         found = self._communicators.get(key)
         if found is None:
@@ -74,7 +74,7 @@ class Live:
         return found[0]
 
     def _keep(self, key: str, opened: tuple[Any, Callable[[Any], None], Callable[[Any], None]]) -> None:
-        with self._lock:  # not held while it opens: closing waits for no thread that waits for other ranks
+        with self._lock:  # not held during open: close must not wait for a thread that waits for other ranks
             if not self._closed:
                 self._communicators[key] = opened
                 return
@@ -87,13 +87,13 @@ class Live:
 
     @property
     def silent(self) -> bool:
-        """Whether a call of the store still waits for its answer after its limit has passed."""
+        """Whether a store call whose limit has passed still waits for its answer."""
         return self._unanswered is not None and not self._unanswered.done()
 
     def ask(self, call: Callable[[dist.Store], T], limit_s: float, look: Callable[[], None] = lambda: None) -> T:
-        """call(store); look() every now and then until the store answers.
+        """Return call(store); call look() now and then until the store answers.
 
-        Raises NoAnswerError after limit_s seconds. One call waits at most: the next waits for that one first.
+        Raises NoAnswerError after limit_s seconds. At most one call is pending: the next one waits for it first.
         """
         end = time.monotonic() + limit_s
         future = self._unanswered
@@ -109,12 +109,12 @@ class Live:
             raise
 
     def leave_communicators(self) -> None:
-        """Say to the other ranks that this one makes no more calls."""
+        """Tell the other ranks that this one makes no more calls."""
         for communicator, _, leave in list(self._communicators.values()):
             leave(communicator)
 
     def close_communicators(self) -> None:
-        """Close all of them, the latest first; raises the first error of one."""
+        """Close all communicators, the latest first, then raise the first error, if any."""
         problem: Exception | None = None
         with self._lock:
             self._closed = True
@@ -130,12 +130,12 @@ class Live:
 
 _LIVE: dict[str, Live] = {}
 _EPOCHS: dict[str, int] = {}
-# Kept, since the system call for it would be a tenth of a small collective.
+# Cached, since the system call would take a tenth of a small collective.
 _process = os.getpid()
 
 
 def _keep_what_the_parent_owns() -> None:
-    """In a forked child: its destructors would wait for threads that only the parent has. So they never run."""
+    """Keep the destructors from running in a forked child: they would wait for threads that only the parent has."""
     global _process  # noqa: PLW0603
     _process = os.getpid()
     for record in _LIVE.values():
@@ -146,7 +146,7 @@ os.register_at_fork(after_in_child=_keep_what_the_parent_owns)
 
 
 def live(group: Group, function: str = "fcomm") -> Live:
-    """The group's live record, or the error that says why this process cannot use the group in function."""
+    """The group's live record. Raises an error that says why this process cannot use the group in function."""
     record = _LIVE.get(group.name)
     if record is not None and (record.group is group or record.group == group) and record.pid == _process:
         return record
@@ -169,7 +169,7 @@ def close(group: Group | None = None) -> None:
     """Close a group's communicators and forget it; without argument, every group of this process. Idempotent.
 
     Every rank of the group calls it, after the last collective on the group. Groups still open at exit are closed.
-    Raises the first error of a communicator's end, when all have ended.
+    Raises the first error of ending a communicator, after all have ended.
     """
     if group is not None and not isinstance(group, Group):
         raise TypeError(f"close: group is {group!r}; pass a Group, or nothing to close all of this process")
@@ -191,7 +191,7 @@ def close(group: Group | None = None) -> None:
 
 
 def _close_at_exit() -> None:
-    # Peers may be gone by now; an error here would hide the one that ends the process.
+    # Peers may be gone by now, and an error here would hide the one that ends the process.
     with suppress(Exception):
         close()
 
@@ -212,9 +212,9 @@ def check_timeout(function: str, timeout_s: float) -> float:
 def init(*, name: str = "world", timeout_s: float = DEFAULT_TIMEOUT_S) -> Group:
     """The group of all processes that the launcher started: ranks 0 .. size-1.
 
-    In this order: an initialised torch.distributed; torchrun's RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; Open MPI's,
-    MPICH's and Slurm's environment (with MASTER_ADDR and MASTER_PORT, or else an address derived from the job);
-    none of these: one rank. Called again, it returns the group it made.
+    It takes the first of these that it finds: an initialised torch.distributed; torchrun's RANK, WORLD_SIZE,
+    MASTER_ADDR, MASTER_PORT; Open MPI's, MPICH's and Slurm's environment (with MASTER_ADDR and MASTER_PORT, or else an
+    address derived from the job); with none of these, one rank. Called again, it returns the same group.
 
     timeout_s: deadline in seconds of the rendezvous and of every collective on the group and its subgroups.
     Raises RendezvousError naming the missing, duplicate or disagreeing ranks.
@@ -229,7 +229,7 @@ def init(*, name: str = "world", timeout_s: float = DEFAULT_TIMEOUT_S) -> Group:
     place = launcher_place(os.environ)
     if place is None or place.size == 1:
         return _register(Group(name, (0,), 0), dist.HashStore(), timeout_s)
-    # torchrun restarts ranks in place, with the store of the attempt before.
+    # torchrun restarts ranks in place, with the store of the previous attempt.
     run = os.environ.get("TORCHELASTIC_RUN_ID", "") + "." + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     store, identities = join(place, _epoch(f"fcomm/{run}/{name}", _EPOCHS), name, timeout_s)
     return _register(Group(name, tuple(range(place.size)), place.rank), store, timeout_s, identities=identities)
@@ -241,8 +241,8 @@ def stateless_group(
     """A group of its own TCPStore at host:port, served by rank 0; no torch.distributed state is read or made.
 
     host, port: an address of rank 0's host that all ranks reach, and a free port there; a group of one rank may pass 0.
-    Raises RendezvousError naming the missing, duplicate or disagreeing ranks after timeout_s seconds, ArgumentError for
-    numbers that make no group.
+    Raises RendezvousError naming the missing, duplicate or disagreeing ranks after timeout_s seconds, ArgumentError if
+    the numbers do not describe a group.
     """
     timeout_s = check_timeout("stateless_group", timeout_s)
     _check_name("stateless_group", name)
@@ -272,10 +272,10 @@ def stateless_group(
 def from_process_group(
     pg: dist.ProcessGroup | None, *, name: str = "world", timeout_s: float = DEFAULT_TIMEOUT_S
 ) -> Group:
-    """The ranks of a torch.distributed group, which backend c10d then uses as it is. It stays the caller's to destroy.
+    """The ranks of a torch.distributed group, which backend c10d then uses as it is; the caller destroys it.
 
-    pg: None is torch.distributed's default group. ranks are global torch.distributed ranks, in group order.
-    Communicates nothing.
+    pg: None means torch.distributed's default group. The result's ranks are global torch.distributed ranks, in group
+    order. Communicates nothing.
     Raises FcommError if torch.distributed is not initialised, pg has no store, or a live group has that name.
     """
     timeout_s = check_timeout("from_process_group", timeout_s)
@@ -332,10 +332,10 @@ def from_device_mesh(
 
 
 def subgroup(parent: Group, ranks: Sequence[int], *, name: str, timeout_s: float | None = None) -> Group:
-    """The group of some ranks of parent, in the order given; ranks count within parent. Communicates nothing.
+    """The group of some ranks of parent, in the order given, numbered within parent. Communicates nothing.
 
-    Every rank of parent may call it; where this process is not among ranks, the result's rank is None and a collective
-    on it raises FcommError. timeout_s: as in init; left out, that of parent.
+    Every rank of parent may call it. If this process is not among ranks, the result's rank is None and a collective on
+    it raises FcommError. timeout_s: as in init; by default that of parent.
     Raises FcommError on empty, repeated or out-of-range ranks, or if a live group has that name.
     """
     return _subgroup("subgroup", parent, ranks, name, timeout_s)
@@ -354,7 +354,7 @@ def _subgroup(function: str, parent: Group, ranks: Iterable[int], name: str, tim
                 f"{function}: rank {r!r} of '{name}' is not in group '{parent.name}' of size {parent.size}; "
                 f"ranks count within it, 0 .. {parent.size - 1}"
             )
-    members = tuple(map(int, members))  # numpy's integers are no int
+    members = tuple(map(int, members))  # numpy's integers are not of type int
     if not members or len(set(members)) != len(members):
         raise ArgumentError(f"{function}: ranks of '{name}' are {list(members)}; pass each member once, at least one")
     owner = live(parent, function)
