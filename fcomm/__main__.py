@@ -16,7 +16,7 @@ python -m fcomm COMMAND --help shows the options of a command.
 
 
 def main(argv: list[str]) -> int:
-    """Run a command; its exit status, 2 for an unknown one."""
+    """Run a command and return its exit status, 2 for an unknown one."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_USAGE, end="")
         return 0

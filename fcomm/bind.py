@@ -26,6 +26,6 @@ class Bound:
 def bind(group: Group, backend: Backend) -> Bound:
     """A namespace of all collectives on one group and backend: tp = bind(group, backend); tp.all_reduce(x, op="max").
 
-    Nothing but the two arguments is filled in; torch.compile traces through it, and through bind itself.
+    Only the two arguments are filled in; torch.compile traces through the namespace, and through bind itself.
     """
     return Bound(group, backend)

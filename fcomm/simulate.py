@@ -25,9 +25,9 @@ def simulate(fn: Callable[P, T], axis: Group, *, randomness: str = "error") -> C
         g = fcomm.simulate(lambda x: fcomm.all_reduce(x, tp, fcomm.sim), tp)
         g(x)[r]  ==  what rank r would return for x[r]
 
-    Tensors in and out are stacked: their leading dimension, of axis.size, is the rank. Other arguments go to every
-    rank as they are. Arguments and results may be nested in tuples, lists and dicts. Composes with every transform,
-    inside and around, and with itself under another axis name.
+    Tensors in and out are stacked: their leading dimension, of axis.size, is the rank. Other arguments are passed to
+    every rank as they are. Arguments and results may be nested in tuples, lists and dicts. Composes with every
+    transform, inside and around, and with itself under another axis name.
 
     randomness: as in torch.vmap; "different" gives each rank its own random numbers, "same" the same ones.
     Raises FcommError if axis is not simulated, is already bound, or a tensor's leading dimension is not its size.
@@ -49,7 +49,7 @@ def simulate(fn: Callable[P, T], axis: Group, *, randomness: str = "error") -> C
     def in_dim(x: object) -> int | None:
         if not isinstance(x, Tensor):
             return None
-        if x.is_nested:  # before its shape is asked for
+        if x.is_nested:  # before its shape is read
             raise TypeError(
                 f"simulate: an argument is a nested tensor, whose rows have lengths of their own, but all ranks of "
                 f"'{axis.name}' have one shape; pass torch.nested.to_padded_tensor(x, 0.0)"
@@ -65,7 +65,7 @@ def simulate(fn: Callable[P, T], axis: Group, *, randomness: str = "error") -> C
         if is_bound(key):
             raise FcommError(f"simulate: axis '{axis.name}' is bound already; give the inner axis another name")
         in_dims = pytree.tree_map(in_dim, (args, kwargs))
-        # In processes axis_index is a 0-d tensor on the CPU, which mixes with any device's; batched, it would not.
+        # In processes axis_index is a 0-d CPU tensor, which mixes with those of any device; batched, it would not.
         device = next((x.device for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
         index = torch.arange(size, device=device)
         return torch.vmap(one_rank, in_dims=(0, *in_dims), randomness=randomness)(index, args, kwargs)

@@ -1,12 +1,13 @@
 """c10d: any torch.distributed group. A group made elsewhere gets its own gloo (CPU) or NCCL (CUDA) process group.
 
-Everything moves as bytes, so every dtype does, and what moves goes through one exchange. torch.distributed reduces only
-what it reduces as fcomm/arithmetic.py says (59 of 136 pairs of dtype and op on gloo, not NaN in max, half types rounded
-at every step, floats of three ranks in ring order); the rest is an exchange of blocks, a fold in rank order, and an
-exchange back: the same traffic.
+Everything is moved as bytes, so that every dtype can be, and all of it goes through one exchange. torch.distributed
+reduces only where its arithmetic is that of fcomm/arithmetic.py. (gloo has 59 of 136 pairs of dtype and op, does not
+keep NaN in max, rounds half types at every step, and adds floats of three ranks in ring order.) The rest is an exchange
+of blocks, a fold in rank order, and an exchange back, with the same traffic.
 
-Ranks that differ in sizes raise MismatchError. Other differences between the ranks' calls gloo does not see (it crosses
-them, aborts, or waits); FCOMM_CHECK=1 compares every call over the ranks first, at the price of a small all_gather.
+Ranks that differ in sizes raise MismatchError. gloo does not see other differences between the ranks' calls (it mixes
+the calls up, aborts, or waits). FCOMM_CHECK=1 compares every call across the ranks first, at the price of a small
+all_gather.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _bytes(x: Tensor) -> Tensor:
 def _exchange(on: Communicator, x: Tensor, sends: Sequence[int], recvs: Sequence[int]) -> Tensor:
     """Send the first sends[0] elements of flat x to rank 0, the next sends[1] to rank 1, ...; recvs[r] come from r.
 
-    Every rank calls it, the one with nothing to send or receive too: gloo makes the others wait for it.
+    Every rank must call it, even one with nothing to send or receive: gloo makes the others wait for it.
     """
     y = x.new_empty(sum(recvs))
     width = x.element_size()
@@ -86,7 +87,7 @@ def _said(on: Communicator, x: Tensor, sizes: Sequence[int]) -> list[list[int]]:
 # Exact in any order.
 _INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.int64)
 _NATIVE = dict.fromkeys(("sum", "prod", "max", "min"), _INTEGERS)
-# Two numbers have one order. On a device speed is worth more than the order of three.
+# Two numbers have only one order. On a device, speed matters more than the order of three.
 _NATIVE_OF_TWO = {
     "sum": (torch.float32, torch.float64, torch.complex64, torch.complex128),
     "prod": (torch.float32, torch.float64),
@@ -95,7 +96,7 @@ _REDUCE_OPS = {"sum": "SUM", "prod": "PRODUCT", "max": "MAX", "min": "MIN"}
 
 
 def _fold_rows(on: Communicator, x: Tensor, of: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
-    """of: the ranks' blocks -> one row for each rank. Each rank does it for one block of x, and the rows go back."""
+    """of: the ranks' blocks -> one row for each rank. Each rank applies it to one block of x, and the rows go back."""
     n, flat = on.size, x.reshape(-1)
     blocks = pad(flat, 0, -(-flat.numel() // n) * n).reshape(n, -1)
     folded = of(_exchange_rows(on, blocks).unbind(0))
@@ -218,8 +219,8 @@ def _scatter(x: Tensor, on: Communicator, *, src: int, dim: int) -> Tensor:
 
 
 def _send(x: Tensor, on: Communicator, *, dst: int, derivative: int) -> Tensor:
-    # The receiver learns what comes first: torch.distributed would abort or wait for ever where its size differs, and
-    # take the bits of another dtype for its own.
+    # A header tells the receiver what comes: torch.distributed would abort or wait for ever if the sizes differed, and
+    # read the bits of another dtype as its own.
     for tag, part in enumerate((header(x, derivative), _bytes(x.clone()))):
         if part.numel():
             send_later(on, part, dst, tag)
@@ -232,7 +233,7 @@ def _recv(after: Tensor, like: Tensor, on: Communicator, *, src: int, derivative
     said = head.tolist()
     y = torch.empty_like(like)
     error = misfit(on.group, src, said, like, derivative)
-    # What does not fit is taken off the edge, so that the next receive does not get it.
+    # A message that does not fit is still received, so that the next receive does not get it.
     into = torch.empty(nbytes(said), dtype=torch.uint8, device=like.device) if error else _bytes(y)
     if into.numel():
         receive(on, into, src, 1)
@@ -256,7 +257,7 @@ def _lowering(name: str, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         with calling(name, group, x.device.type) as on:
             if on.check and name not in ("send", "recv"):
                 compare_calls(on, x, _described(name, x, params))
-            # No view, even of a tensor of its own: autograd would refuse to let the caller write into it.
+            # Not a view, even of a tensor made here: autograd would not let the caller write into it.
             return fn(*tensors, on, **params).detach()
 
     return lowering

@@ -4,8 +4,8 @@ A table has one row for each symbol, with the C declaration above it. A call is
 
     library.call("ncclAllReduce", send, recv, count, dtype, op, comm, stream)
 
-and raises unless the status is success or one of `pending`. A symbol that this library lacks is an error that names it;
-`"ncclAlltoAll" in library` asks first.
+and raises unless the status is success or one of `pending`. Calling a symbol that this library lacks raises an error
+that names it; `"ncclAlltoAll" in library` asks first.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _OTHER_VERSION = "use another version"
 
 @dataclass(frozen=True)
 class Symbol:
-    """A row: the argument types of a function, and since when it exists.
+    """A row: the argument types of a function, and the version that introduced it.
 
-    since: a version as the library itself numbers it; an older library's symbol of that name is not used.
-    optional: the library works without it. Rows with `since` are, whatever the library says of its version.
-    result: None for a status code, else the type.
+    since: a version in the library's own numbering; an older library's symbol of that name is not used.
+    optional: the library works without it. Rows with `since` are optional, whatever version the library reports.
+    result: None for a status code, otherwise the type.
     """
 
     args: tuple[Any, ...]
@@ -43,8 +43,8 @@ class Symbol:
 class Codes:
     """What a library's status codes mean.
 
-    names: code -> the library's name for it.  pending: codes that are no error.  timeout, remote: codes that mean a
-    deadline of the library's own, and a lost peer.
+    names: code -> the library's name for it.  pending: codes that are not errors.  timeout, remote: codes for
+    the library's own deadline, and for a lost peer.
     explain: (library, code) -> the library's own text about it.
     """
 
@@ -60,7 +60,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Library:
-    """A loaded library: its callables by name, and how to read their status."""
+    """A loaded library: its callables by name, and the meaning of their status codes."""
 
     name: str
     path: str
@@ -73,7 +73,7 @@ class Library:
         return symbol in self.functions
 
     def call(self, symbol: str, *args: Any) -> Any:
-        """Call symbol; its status if that is success or pending, its result if it has another type.
+        """Call symbol; return its status if that is success or pending, or its result if it has another type.
 
         Raises the error of check(), or BackendUnavailableError if this library has no such symbol.
         """
@@ -98,18 +98,18 @@ class Library:
 def check(library: Library, code: int, call: str) -> None:
     """Raise the error that a status code means, with code and code_name: see error_of.
 
-    call: what returned it, for the text. Collective, group and rank are added where they are known: failure.py.
+    call: what returned the code, for the text. failure.py, which knows them, adds collective, group and rank.
     """
     codes = library.codes
     if code == 0 or code in codes.pending:
         return
-    # Asked for at once: the text is about the thread's last failure, whichever that is by then.
+    # Ask at once: the library's text is about the thread's last failure.
     name, text = codes.name(code), codes.explain(library, code)
     raise error_of(library.codes, code, f"{call} returned {name} ({code}): {text}")
 
 
 def error_of(codes: Codes, code: int, text: str) -> BackendError:
-    """The error of a status code, of this rank or as another rank reported it: a deadline, a lost peer, or the rest."""
+    """The error of a status code, from this rank or reported by another: a deadline, a lost peer, or any other."""
     kind = BackendTimeoutError if code in codes.timeout else BackendPeerError if code in codes.remote else BackendError
     return kind(text, code=code, code_name=codes.name(code))
 
@@ -123,10 +123,10 @@ def bind(
     version: Callable[[Mapping[str, Callable[..., Any]]], int],
     hint: str = _OTHER_VERSION,
 ) -> Library:
-    """Look the rows up, each in the first of handles that has it, and give the functions their types.
+    """Look each row up in the first of the handles that has it, and give the functions their types.
 
-    version: asks the bound functions for the library's version.  hint: what to do where some are missing.
-    Raises BackendUnavailableError naming the required symbols that the library has not.
+    version: asks the bound functions for the library's version.  hint: what to do if some are missing.
+    Raises BackendUnavailableError naming the required symbols that the library lacks.
     """
     functions: dict[str, Callable[..., Any]] = {}
     for symbol, row in symbols.items():

@@ -44,12 +44,12 @@ from fcomm.rendezvous import live
 
 T = TypeVar("T")
 
-# How long a thread may still be in a call when another one closes the group, at the exit of the process, say.
+# How long a thread may stay in a call after another one closes the group, for example at the exit of the process.
 _GRACE_S = 1.0
 
 
 def team(machine: Machine, group: Group, device: torch.device) -> Team:
-    """The team of a backend on a group; communicates nothing."""
+    """The team of a backend on a group. Communicates nothing."""
     owner = live(group)
 
     def make() -> Team:
@@ -64,15 +64,15 @@ def team(machine: Machine, group: Group, device: torch.device) -> Team:
 def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] | None = None) -> None:
     """Run C calls on the team's communicator, or on an edge's, and return when the library has taken them.
 
-    On host memory that means that they are done; on a device, that they are on the current stream.
-    fn: makes the calls; it keeps their tensors alive. Its ranks are the group's; on an edge 0 sends and 1 receives.
+    On host memory they are then done; on a device they are on the current stream.
+    fn: makes the calls and keeps their tensors alive. Its ranks are the group's; on an edge 0 sends and 1 receives.
     Raises the error that ended them on any rank; the group is then closed to this backend.
     """
     channel = on.main if edge is None else _edge(on, edge)
-    heard = op != "send"  # its thread has no caller: the next call on the group raises what it finds
+    heard = op != "send"  # a send's thread has no caller: the next call on the group raises what it finds
     with channel.lock:
         raise_failure(on, op, heard=heard)
-        if channel.ended:  # a second part of a message that nobody takes: no other communicator is opened for it
+        if channel.ended:  # the second part of a message that nobody receives: no other communicator is opened for it
             raise FcommError(f"{on.where(op)}: its communicator was aborted")
         if channel is on.main:
             on.calls += 1
@@ -81,7 +81,7 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
                 f"{on.where(op)}: its communicator cannot be opened while a graph is captured; "
                 f"call {op} once before capture"
             )
-        # Not inside the try: without a library nothing was sent, and nothing is broken.
+        # Not inside the try: without a library nothing is sent, and nothing breaks.
         library = on.machine.load()
         deadline = time.monotonic() + on.live.timeout_s
         try:
@@ -91,7 +91,7 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
                 _run(on, op, channel, library, fn, deadline)
         except BaseException as error:
             if on.failure is None and (channel.ended or _is_refused(on, op, edge, error)):
-                raise  # a message that nobody takes, while the group is closed: nothing has failed
+                raise  # a message that nobody receives, while the group is closed: nothing has failed
             found = give_up(on, op, library, error, channel.members, heard=heard)
             if found is error:
                 raise
@@ -100,7 +100,7 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
 
 
 def _is_refused(on: Team, op: str, edge: tuple[int, int] | None, error: BaseException) -> bool:
-    """Whether a message failed because its receiver has ended the edge, which it does once it has closed the group."""
+    """Whether a message failed because its receiver ended the edge, which it does when it has closed the group."""
     return op == "send" and edge is not None and isinstance(error, BackendError) and has_closed(on, edge[1])
 
 
@@ -116,12 +116,12 @@ def _run(on: Team, op: str, channel: Channel, library: Library, fn: Callable[[Co
     if on.device.type == "cpu":
         _bounded(on, op, channel, calls, deadline)
     else:
-        # In this thread, which stream capture follows. Nothing waits here: the communicator does not block.
+        # In this thread, since stream capture follows it. Nothing waits here: the communicator does not block.
         calls()
 
 
 def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: float, event: Any = None) -> None:
-    """Wait for event, and until the library has taken what was called: non-blocking communicators return before."""
+    """Wait for event, and until the library has taken the calls: non-blocking communicators return earlier."""
     pause, looked = 2e-5, time.monotonic()
 
     def is_done() -> bool:
@@ -135,7 +135,7 @@ def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: flo
             try:
                 _look(on, op, channel, deadline)
             except FcommError:
-                if is_done():  # _bounded has the reason
+                if is_done():  # _bounded gives the reason
                     return
                 raise
             looked = now
@@ -145,14 +145,14 @@ def _settle(on: Team, op: str, channel: Channel, library: Library, deadline: flo
 
 def _look(on: Team, op: str, channel: Channel, deadline: float) -> None:
     if op == "close" and is_left(on, channel):
-        raise FcommError("the other rank has aborted this edge")  # its part in the end never comes
+        raise FcommError("the other rank has aborted this edge")  # it will not take part in ending it
     look_around(on, op, deadline, channel.members)
     if op != "close" and channel is on.main:
         check_takers(on, op)
 
 
 def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline: float) -> T:
-    """fn() in the channel's thread, since calls may block there; or the error of a deadline or of another rank."""
+    """fn() in the channel's thread, since calls may block; or the error of a deadline or of another rank."""
 
     def task() -> T:
         with current(on.device):  # each thread has its own
@@ -169,8 +169,8 @@ def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline:
             try:
                 _look(on, op, channel, deadline)
             except FcommError as error:
-                # Since the look at the call another rank may have come, done its part of it, its last call, and ended.
-                # Then this rank's thread may still have to get a core to return from it.
+                # Since we last looked at the call, another rank may have come, done its part (its last call), and
+                # ended. This rank's thread may then only need a core to return from it.
                 wait([future], SLICE_S if isinstance(error, PeerDiedError) else 0)
                 if future.done() and future.exception() is None:
                     return future.result()
@@ -179,7 +179,7 @@ def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline:
 
 # --- opening ------------------------------------------------------------------------------------------------------
 
-# Of the unique id in the store: magic, format, library version, length of the id, tag.
+# Header of the unique id in the store: magic, format, library version, length of the id, tag.
 _FRAME = struct.Struct("<4sIII16s")
 
 
@@ -195,18 +195,18 @@ def _open(on: Team, op: str, channel: Channel, library: Library, deadline: float
             on.machine.connect(library, handle, size, uid, rank)
         finally:
             if channel.ended and (late := channel.take(handle)):
-                # Another thread gave up meanwhile, and found nothing to abort yet.
+                # Another thread gave up meanwhile, before there was anything to abort.
                 on.machine.abort(library, late)
         _settle(on, op, channel, library, deadline)
 
     _bounded(on, op, channel, connect, deadline)
     channel.ready = True
     if rank == 0:
-        # Every rank has used it. It lets its holder join, so it stays no longer than that.
-        with suppress(NoAnswerError):  # it is asked to, and does so once it answers
+        # Every rank has used the id. Whoever holds it can join, so it is kept no longer.
+        with suppress(NoAnswerError):  # the store has the request, and erases the id once it answers
             on.erase(f"{channel.key}/id", patience(on))
     if channel is on.main:
-        # Connections between ranks are made by the first collective; a graph could not capture that.
+        # The first collective makes the connections between ranks; a graph could not capture that.
         x = torch.zeros(2, device=on.device)
         _run(on, op, channel, library, lambda comm: on.machine.all_reduce(comm, x[:1], x[1:], "sum"), deadline)
         _settle(on, op, channel, library, deadline, record_event(on.device))
@@ -221,7 +221,7 @@ def _meet(on: Team, op: str, channel: Channel, library: Library, deadline: float
         if gone := processes.ended(on.live.identities, channel.members):
             raise PeerDiedError(f"{processes.named(gone)} ended, and the group's store does not answer", culprits=gone)
 
-    # Two groups, or two backends of one, that shared a store key by mistake would open each other's communicators.
+    # If two groups, or two backends of one, shared a store key by mistake, they would open each other's communicators.
     what = repr((on.group.name, on.group.ranks, on.machine.name, channel.key)).encode()
     tag = hashlib.sha256(what).digest()[:16]
     if channel.members[0] == on.rank:
@@ -256,22 +256,21 @@ def _edge(on: Team, edge: tuple[int, int]) -> Channel:
 
 
 def _leave(on: Team) -> None:
-    """Say how many calls this rank has made: others that wait for it in a later one wait in vain."""
+    """Publish how many calls this rank has made: ranks that wait for it in a later call wait in vain."""
 
     def say_so() -> None:
-        with suppress(RuntimeError):  # the process that serves the store may have ended before
+        with suppress(RuntimeError):  # the process that serves the store may already have ended
             on.write(f"closing/{on.rank}", str(on.calls).encode(), patience(on))
-            on.write("closing", b"1", patience(on))  # that one has: who waits asks for this alone
+            on.write("closing", b"1", patience(on))  # that some rank has closed: waiting ranks ask only for this
 
-    # Senders wait for their receivers, but not for one that is here, whether it has ever received or not.
+    # Senders wait for their receivers, but not for one that has come this far, whether it has ever received or not.
     limited(say_so, STORE_S)
 
 
 def _close(on: Team) -> None:
     """Wait for the sends, then end the communicators, edges first and in an order that all ranks share.
 
-    Raises what ended the team, or the first error of a send or of a communicator's end; in silence if a call has raised
-    it before.
+    Raises what ended the team, or the first error of a send or of ending a communicator, unless a call has raised it.
     """
     raised, deadline = on.raised, time.monotonic() + on.live.timeout_s
     if _end_calls(on):
@@ -290,11 +289,11 @@ def _close(on: Team) -> None:
 
 
 def _end_calls(on: Team) -> bool:
-    """Wait a moment for other threads that are in a call, or still open the group, then end their calls; whether so."""
+    """Give other threads a moment to finish a call, or to open the group; then end the call. Return whether one was ended."""
     until = time.monotonic() + _GRACE_S
     for channel in on.channels():
         if channel is not on.main and channel.members[1] != on.rank:
-            continue  # of a send, which finish_sending waits for
+            continue  # a send's edge, which finish_sending waits for
         if channel.lock.acquire(timeout=max(0.0, until - time.monotonic())):
             channel.lock.release()
         elif on.failure is None:
@@ -310,7 +309,7 @@ def _finish(on: Team, channel: Channel, deadline: float) -> BaseException | None
     def finish(event: Any) -> None:
         _settle(on, "close", channel, library, deadline, event)
         on.machine.finalize(library, handle, lambda: _settle(on, "close", channel, library, deadline))
-        with channel.polling:  # nobody asks about it from here on
+        with channel.polling:  # no thread asks the library about it from here on
             own = channel.take(handle)
         if own is None:
             raise FcommError("the communicator was aborted")

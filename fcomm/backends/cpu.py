@@ -1,8 +1,9 @@
 """cpu: ranks of one host over shared memory, by the engine in fcomm/csrc; figures in notes/0041-benchmark-table.md.
 
-Every collective that moves or folds blocks is one call of the engine, with blocks of any dim left where they are. The
-fingerprint of a call (shape, dtype, options) lies beside its flag, so ranks that ask for different things all raise. A
-group that the engine cannot serve, one that spans hosts, goes through torch.distributed, and says so once.
+Every collective that moves or folds blocks is one call of the engine, which reads blocks along any dim in place. The
+fingerprint of a call (shape, dtype, options) is published beside its flag, so if ranks ask for different things, all of
+them raise. A group that the engine cannot serve, because it spans hosts, goes through torch.distributed and says so
+once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fcomm.rendezvous import live
 
 @dataclass
 class _Communicator:
-    """A group's engine handle; None where torch.distributed serves it. failed: the text of the error that broke it."""
+    """A group's engine handle; None if torch.distributed serves it. failed: the text of the error that broke it."""
 
     group: Group
     handle: Any
@@ -101,18 +102,18 @@ def _error(status: int, name: str, x: Tensor, c: _Communicator, options: Mapping
     return error
 
 
-# dtype: (its number, which for what is reduced is the engine's, its bytes)
+# dtype: (its number, which is the engine's own if the dtype can be reduced, and its size in bytes)
 _CODES = {dtype: (code, dtype.itemsize) for dtype, code in CODES.items()}
-_FLOAT8 = CODES[torch.float8_e4m3fn]  # and what follows it
+_FLOAT8 = CODES[torch.float8_e4m3fn]  # the first; the other float8 types follow it
 _OPS = {op: code for code, op in enumerate(OPS)}  # in the order of fcomm_op in csrc/fcomm.h
 
 
-# A lowering below takes x, the group, the engine's handle and the options, and returns the engine's status and its y.
-# tag: the hash of what the engine cannot see. Of ints only: the hash of None or of a string differs among processes.
+# A lowering below takes x, the group, the engine's handle and the options, and returns the engine's status and y.
+# tag: the hash of what the engine cannot see. Only ints are hashed: hashes of None or strings differ among processes.
 
 
-# What shapes alone decide is a plan, and remembered: a program makes the same few calls again and again, and working a
-# plan out would take longer than a small call.
+# A plan is what follows from shapes alone, and is remembered: a program makes the same few calls again and again, and
+# working out a plan would take longer than a small call.
 _remembered = lru_cache(maxsize=4096)
 
 
@@ -120,7 +121,7 @@ def _new(shape: tuple[int, ...], like: Tensor, width: int) -> Tensor:
     nbytes = prod(shape) * width
     if nbytes >= POOLED_NBYTES:
         return pooled(shape, nbytes, like.dtype)
-    # Lengths one by one: torch takes 0.7 us longer to read a tuple of them.
+    # Pass the lengths one by one: torch takes 0.7 us longer to read a tuple of them.
     return like.new_empty(*shape) if shape else like.new_empty(())
 
 
@@ -144,13 +145,13 @@ Called = tuple[int, Tensor]
 
 
 def _widened(call: Callable[..., Called], x: Tensor, group: Group, handle: Any, **options: Any) -> Called:
-    """float8 is folded in float32 and rounded by torch, whose versions differ in what becomes of too large numbers."""
+    """Fold float8 in float32 and let torch round it: torch's versions differ in how they round numbers out of range."""
     status, y = call(x.float(), group, handle, **options, narrow=_CODES[x.dtype][0])
     return status, y.to(x.dtype)
 
 
 def _all_reduce(x: Tensor, group: Group, *, op: str, narrow: int = 0) -> Tensor:
-    # The whole lowering: small ones cost what their call costs, and a function more would be a tenth of it.
+    # The whole lowering in one function: another function would add a tenth to the cost of a small call.
     c = _OPEN.get(group.name)
     if c is None or c.group is not group:
         c = _communicator(group)
@@ -256,7 +257,7 @@ def _all_to_all(
         x.shape, code, width, group.size, group.rank or 0, split_dim, concat_dim, tiled, send_sizes, recv_sizes
     )
     y = _new(shape, x, width)
-    # Uneven: where the two dims are one, the sizes are each rank's own; the engine compares them, pair by pair.
+    # Uneven: if split_dim is concat_dim, each rank has its own sizes, and the engine compares them pair by pair.
     return native.all_to_all(x.data_ptr(), sent, y.data_ptr(), received, send_sizes is not None, tag, handle), y
 
 
@@ -299,7 +300,7 @@ def _ppermute(x: Tensor, group: Group, handle: Any, *, perm: tuple[int, ...]) ->
 
 @_remembered
 def _edges(perm: tuple[int, ...], rank: int | None) -> tuple[int, int]:
-    """Who sends to rank, and to whom rank sends; -1 for nobody."""
+    """The rank that sends to rank, and the one that rank sends to; -1 for none."""
     sources, destinations = ([edge[k] for edge in pairs(perm) if edge[1 - k] == rank] for k in (0, 1))
     return (*sources, -1)[0], (*destinations, -1)[0]
 
@@ -331,19 +332,19 @@ def _scatter(x: Tensor, group: Group, handle: Any, *, src: int, dim: int) -> Cal
 
 
 def _folded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape of more dimensions than a signature holds: its first lengths, and for the others a negative number."""
+    """A shape with more dimensions than a signature holds: its first lengths, and a negative number for the others."""
     rest = shape[MAX_DIMS - 1 :]
     return *shape[: MAX_DIMS - 1], ~(hash(rest) & (2**63 - 1))
 
 
 def _shown(dims: Sequence[int]) -> str:
-    """The shape of a signature, as far as it says it."""
+    """The shape of a signature, or as much as it holds."""
     lengths = [str(d) for d in dims]
     return f"[{', '.join([*lengths[:-1], '...'] if dims and dims[-1] < 0 else lengths)}]"
 
 
 def _signature(x: Tensor, derivative: int) -> tuple[int, tuple[int, ...]]:
-    """What the engine compares of a message: the dtype's code with what of a call it is above it, and the shape."""
+    """What the engine compares of a message: the dtype's code, with the derivative in the bits above, and the shape."""
     shape = tuple(x.shape)
     code = _CODES[x.dtype][0] | derivative % 2**23 << 8
     return code, shape if len(shape) <= MAX_DIMS else _folded(shape)
@@ -360,7 +361,7 @@ def _recv(after: Tensor, like: Tensor, group: Group, *, src: int, derivative: in
     y = _new(like.shape, like, like.element_size())
     status, *sent = native.recv(y.data_ptr(), like.nbytes, _signature(like, derivative), src, c.handle)
     if status:
-        # Here alone the two sides are known at once.
+        # Only here are both sides known.
         words = {}
         if status == MISMATCH and sent[0] >= 0:
             words["sent"] = f"{name_of(sent[0] & 255)}{_shown(sent[1])}"

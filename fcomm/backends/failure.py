@@ -1,8 +1,8 @@
-"""How a call that will not end is ended, on all ranks, for one reason: deadlines, reports in the store, the abort.
+"""How a call that would not return is ended, on all ranks and for one reason: deadlines, reports in the store, aborts.
 
-Neither library bounds the time of a call, and neither tells a rank that another one has failed. So a rank that fails
-writes a report into the group's store before it aborts, and a rank that waits looks for one. The first report stands:
-all ranks raise its error and name its culprits. notes/0052-communicators-and-deadlines.md has the reasons.
+Neither library bounds the time of a call or tells a rank that another one has failed. So a rank that fails writes a
+report into the group's store before it aborts, and a waiting rank looks for one. The first report counts: all ranks
+raise its error and name its culprits. notes/0052-communicators-and-deadlines.md has the reasons.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ T = TypeVar("T")
 
 SLICE_S = 0.1  # how often a long wait looks for another rank's failure
 _ANSWER_S = 0.4  # how long a rank may take to notice a failure before it counts as absent
-STORE_S = 2.0  # the store may be what failed
-_ABORT_S = 0.5  # an abort that takes longer goes on alone
-_ABORT_ON_DEVICE_S = 5.0  # there it waits for kernels that write into tensors
+STORE_S = 2.0  # how long to wait for the store, which may be what failed
+_ABORT_S = 0.5  # an abort that takes longer is left to finish by itself
+_ABORT_ON_DEVICE_S = 5.0  # on a device it waits for kernels that write into tensors
 
-# A rank that served the store may close the group and end while another one is at these: its store's end is no failure.
+# The rank that serves the store may close the group and end while another one does these: losing it is not a failure.
 BETWEEN = "between calls"
 _OUTLASTING = ("close", "send", BETWEEN)
-_OF_EDGES = ("send", "recv")  # a rank may close without its part of these
+_OF_EDGES = ("send", "recv")  # a rank may close without doing its part of these
 
-# Of a failure in the store: magic, rank, code (_TIMEOUT, _OTHER, _DIED, or the library's). Its text follows.
+# Header of a failure in the store: magic, rank, code (_TIMEOUT, _OTHER, _DIED, or the library's). Its text follows.
 _REPORT = struct.Struct("<4sIi")
 _TIMEOUT, _OTHER, _DIED = -1, -2, -3
 
 
 def raise_failure(on: Team, op: str, *, heard: bool = True) -> None:
-    """Raise what an earlier call left: first the failure itself, later that the group is poisoned by it.
+    """Raise what an earlier call left behind: at first the failure itself, later that it poisoned the group.
 
-    heard: a caller gets it; not so in a thread that nobody waits for.
+    heard: a caller gets the error, unlike in a thread that nobody waits for.
     """
     if on.failure is None:
         return
@@ -75,7 +75,7 @@ def look_around(on: Team, op: str, deadline: float, needed: Iterable[int]) -> No
 
 
 def late(on: Team, op: str, where: str = "", *, silent: bool | None = None) -> CollectiveTimeoutError:
-    """The error of a deadline that has passed; silent: the group's store does not answer, which may be why."""
+    """The error of a deadline that has passed. silent: the group's store does not answer, which may be the reason."""
     text = f"{op} passed its deadline of {on.live.timeout_s} s{where}"
     if not (on.live.silent if silent is None else silent):
         return CollectiveTimeoutError(text)
@@ -84,7 +84,7 @@ def late(on: Team, op: str, where: str = "", *, silent: bool | None = None) -> C
 
 
 def check_takers(on: Team, op: str) -> None:
-    """Raise if a rank has closed the group after fewer calls on all ranks than this one's, and so never takes part."""
+    """Raise if a rank closed the group after fewer calls on all ranks than this one, and so will not take part."""
     try:
         if on.read("closing", SLICE_S) is None:
             return
@@ -99,28 +99,28 @@ def check_takers(on: Team, op: str) -> None:
 
 
 def has_closed(on: Team, rank: int, *, if_lost: bool = True) -> bool:
-    """Whether a rank closes, or has closed, the group; if_lost where the store, and who served it, have gone."""
+    """Whether a rank is closing, or has closed, the group; if_lost if the store and its server have gone."""
     try:
         return _calls_of(on, rank, patience(on)) is not None
     except NoAnswerError:
-        return if_lost and bool(processes.ended(on.live.identities, [rank]))  # one that lives may still take part
+        return if_lost and bool(processes.ended(on.live.identities, [rank]))  # a living rank may still take part
     except RuntimeError:
         return if_lost
 
 
 def _calls_of(on: Team, rank: int, limit_s: float) -> int | None:
-    """How many calls on all ranks a rank that closes, or has closed, the group has made; None if it has not."""
+    """How many calls on all ranks a rank had made when it closed the group; None if it has not closed it."""
     said = on.read(f"closing/{rank}", limit_s)
     return None if said is None else int(said)
 
 
 def patience(on: Team) -> float:
-    """How long a rank that gives up or closes waits for an answer of the store, which may be what failed."""
+    """How long a rank that gives up or closes waits for the store's answer; the store may be what failed."""
     return SLICE_S if on.live.silent else STORE_S
 
 
 def leave(on: Team, library: Library, edge: Channel) -> None:
-    """Abort an edge that has a message nobody takes; its receiver, who may wait to end it together, is told first."""
+    """Abort an edge with a message that nobody receives; first tell the receiver, which may wait to end it jointly."""
     limited(lambda: on.write(f"{edge.key}/left", b"1", patience(on)), STORE_S)
     abort(on, library, edge)
 
@@ -134,12 +134,12 @@ def is_left(on: Team, channel: Channel) -> bool:
 
 
 def _left(on: Team, among: Iterable[int], *, if_lost: bool = True) -> list[int]:
-    """Those of some ranks that have ended without closing, as far as this host knows."""
+    """Those of some ranks that have ended without closing, if this host can know."""
     return [r for r in processes.ended(on.live.identities, among) if not has_closed(on, r, if_lost=if_lost)]
 
 
 def _ended_by_now(on: Team) -> list[int]:
-    # The kernel closes a process's sockets, and its peers fail, a little before it says that the process has ended.
+    # The kernel closes a process's sockets, so that its peers fail, a little before it shows the end of the process.
     return _wait_for(lambda: processes.ended(on.live.identities) or None) or []
 
 
@@ -148,7 +148,7 @@ def _named(on: Team, ranks: Iterable[int]) -> str:
 
 
 def _without_store(on: Team, error: dist.DistError) -> PeerDiedError:
-    """The error of a store that does not answer: a rank may have served it."""
+    """The error of a store that is lost: a rank may have served it."""
     gone = _ended_by_now(on)
     cause = f": {_named(on, gone)} ended" if gone else "; look at the log of the process that served it"
     reason = str(error).partition("\n")[0][:200]
@@ -158,10 +158,10 @@ def _without_store(on: Team, error: dist.DistError) -> PeerDiedError:
 def give_up(
     on: Team, op: str, library: Library, error: BaseException, among: Iterable[int], *, heard: bool = True
 ) -> BaseException:
-    """Tell the other ranks, abort the communicators, remember why; returns the error.
+    """Tell the other ranks, abort the communicators, remember why; return the error.
 
-    among: the ranks that the call needs.  heard: a caller gets the error; if not, the next call on the group raises it,
-    or its close.
+    among: the ranks that the call needs.  heard: a caller gets the error; if not, the next call on the group, or its
+    close, raises it.
     """
     if isinstance(error, NoAnswerError):
         error = late(on, op, silent=True)
@@ -179,7 +179,7 @@ def give_up(
 
 def abort(on: Team, library: Library, channel: Channel) -> None:
     """End a communicator without its peers, and whatever call is inside it."""
-    # Without the lock, if the library holds it in a call that does not return.
+    # Go on without the lock if a library call that does not return holds it.
     held = channel.polling.acquire(timeout=0.2)
     handle, channel.handle, channel.ready, channel.ended = channel.handle, ctypes.c_void_p(), False, True
     if held:
@@ -194,7 +194,7 @@ def abort(on: Team, library: Library, channel: Channel) -> None:
 
         limited(end, limit_s)
     if channel.worker is not None:
-        # A call that returns, now that it is aborted, no longer writes its tensors; one that does not keeps them.
+        # An aborted call that returns no longer writes to its tensors; one that does not return keeps them.
         worker, channel.worker = channel.worker, None
         idle = worker.submit(lambda: None)
         with suppress(NotYet):
@@ -203,7 +203,7 @@ def abort(on: Team, library: Library, channel: Channel) -> None:
 
 
 def limited(fn: Callable[[], T], limit_s: float) -> T | None:
-    """fn(), or None if it fails or takes longer: while giving up, nothing may hold this rank."""
+    """fn(), or None if it fails or takes longer: nothing may hold up a rank that is giving up."""
     worker = start_worker()
     future = worker.submit(fn)
     worker.stop()
@@ -217,9 +217,9 @@ def limited(fn: Callable[[], T], limit_s: float) -> T | None:
 
 
 def _agreed(on: Team, op: str, error: FcommError, among: tuple[int, ...]) -> FcommError:
-    """The error that all ranks raise for this failure: that of the first report."""
+    """The error that all ranks raise for this failure, which is that of the first report."""
     code = {CollectiveTimeoutError: _TIMEOUT, PeerDiedError: _DIED}.get(type(error), getattr(error, "code", _OTHER))
-    # The report before the abort: peers notice an abort at once, and then look for the reason.
+    # Report before the abort: peers notice an abort at once, and then look for the reason.
     report = limited(lambda: _report(on, code, str(error)), patience(on))
     if report is not None:
         rank, code, text = report
@@ -253,7 +253,7 @@ def _error_of(on: Team, rank: int, code: int, text: str) -> FcommError:
 
 
 def _report(on: Team, code: int, text: str) -> tuple[int, int, str]:
-    """Report a failure, unless another rank was first; returns the report that stands."""
+    """Report a failure, unless another rank was first; return the report that counts."""
     on.write(f"here/{on.rank}", b"1", STORE_S)
     if on.count("failures", STORE_S) == 1:
         on.write("failure", _REPORT.pack(b"fcfl", on.rank, code) + text.encode(errors="replace")[:500], STORE_S)
@@ -274,17 +274,18 @@ def _reported(on: Team) -> tuple[int, int, str] | None:
 
 
 def _is_silence(error: FcommError) -> bool:
-    """Whether what is wrong is that a rank does not answer."""
+    """Whether the problem is that a rank does not answer."""
     return isinstance(error, CollectiveTimeoutError | PeerDiedError)
 
 
 def _culprits(
     on: Team, op: str, error: FcommError, report: tuple[int, int, str] | None, among: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """The ranks that caused it. The first to report finds them, the others read what it found.
+    """The ranks that caused it. The first rank to report finds them, the others read its result.
 
-    Of a silence that names nobody it is whoever of those that the call needs does not notice the failure either: a rank
-    that waits for the group does so within a slice. Of the rest it is the rank whose call failed.
+    If a rank does not answer and the error names none, the culprits are the ranks needed by the call that do not notice
+    the failure either: a rank that waits for the group does so within a slice. Otherwise it is the rank whose call
+    failed.
     """
     if report is None:
         # The store has gone, and its server may be a rank.
@@ -298,7 +299,7 @@ def _culprits(
 
 
 def _absent(on: Team, op: str, among: tuple[int, ...]) -> tuple[int, ...]:
-    if gone := _left(on, range(on.group.size)):  # who lives may be late in answering, and is not to blame
+    if gone := _left(on, range(on.group.size)):  # a living rank may answer late, and is not to blame
         return tuple(gone)
     until = time.monotonic() + _ANSWER_S
     absent = among
@@ -309,7 +310,7 @@ def _absent(on: Team, op: str, among: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _has_done_its_part(on: Team, rank: int) -> bool:
-    """Whether a rank has closed the group after as many calls on all ranks: it answers nothing, and need not."""
+    """Whether a rank closed the group after as many calls on all ranks: it does not answer, and need not."""
     calls = _calls_of(on, rank, STORE_S)
     return calls is not None and calls >= on.calls
 

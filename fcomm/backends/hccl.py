@@ -1,4 +1,4 @@
-"""hccl: Huawei's library through its C interface; any library with the same symbols, whole or split in two.
+"""hccl: Huawei's library through its C interface; any library with the same symbols will do, whole or split in two.
 
 Values and sizes are those of hccl.h and hccl_types.h as released; tests compare them with the vendor's own bindings.
 Same order as nccl.py: declarations, library, communicators, natives, backend.
@@ -28,7 +28,7 @@ from fcomm.group import Backend, Lowering
 # --- declarations -------------------------------------------------------------------------------------------------
 
 _AGAIN = 20
-_IN_USE_S = 60.0  # how long a communicator's end waits for a call in progress; then it stays, with that call's memory
+_IN_USE_S = 60.0  # how long ending a communicator waits for a call in progress; then both are left, with their memory
 
 # HcclResult
 CODES = {
@@ -82,7 +82,7 @@ DTYPES = {
 # HcclReduceOp
 OPS = {"sum": 0, "prod": 1, "max": 2, "min": 3}
 
-# dtype -> the dtype it moves as. Not here, so moved as bytes: float8, which older versions do not know.
+# dtype -> the dtype it moves as. float8 is not here, so it is moved as bytes: older versions do not know it.
 MOVES = {d: d for d, code in DTYPES.items() if code < 15} | {
     torch.bool: torch.uint8,
     torch.complex64: torch.float32,
@@ -90,10 +90,10 @@ MOVES = {d: d for d, code in DTYPES.items() if code < 15} | {
 }
 
 _INTEGERS = (torch.int8, torch.int32, torch.int64)
-# op -> dtype -> (dtype HCCL reduces it as, op), where that means the same on Atlas A2, A3 and Ascend 950 (the
-# training series 910 reduces no int16). Not here, so composed: unsigned integers and float64 (refused), int16 by prod
-# (refused), max and min of floats (NaN is not documented), half types (rounded at every step), bit operations. bool
-# goes as int8: no unsigned type is reduced.
+# op -> dtype -> (dtype HCCL reduces it as, op), where that means the same on Atlas A2, A3 and Ascend 950 (the training
+# series 910 does not reduce int16). These are not here, so they are composed: unsigned integers and float64 (refused),
+# int16 by prod (refused), max and min of floats (NaN is not documented), half types (rounded at every step), bit
+# operations. bool is reduced as int8: HCCL reduces no unsigned type.
 REDUCTIONS: dict[str, dict[torch.dtype, tuple[torch.dtype, str]]] = {
     "sum": {
         **{d: (d, "sum") for d in (*_INTEGERS, torch.int16, torch.float32)},
@@ -115,7 +115,7 @@ class RootInfo(Structure):
 
 
 class Config(Structure):
-    """HcclCommConfig of version 5, the smallest that has all we set; its head is bytes, hence no padding at its end."""
+    """HcclCommConfig of version 5, the smallest with all we set. Its head is bytes, so its end has no padding."""
 
     _pack_ = 4
     _fields_ = (
@@ -137,7 +137,7 @@ _UNSET = 0xFFFFFFFF
 
 
 def config(*, deterministic: bool) -> Config:
-    """The defaults, and whether reductions give the same bits in every run."""
+    """The defaults, except whether reductions give the same bits in every run."""
     size = ctypes.sizeof(Config)
     return Config(size, 0xF0F0F0F0, 5, 0, _UNSET, int(deterministic), b"", b"", 0, _UNSET, _UNSET)
 
@@ -252,7 +252,7 @@ SEARCH = library.Search(
         "/usr/local/Ascend/cann/lib64",
         "/usr/local/Ascend/ascend-toolkit/latest/lib64",
     ),
-    # Newer CANN has data types and communicators there, and the collectives in libhccl.
+    # Newer CANN has data types and communicators in this one, and the collectives in libhccl.
     companion="libhcomm.so",
     hint="install Ascend CANN and source its set_env.sh, or set FCOMM_HCCL_LIB",
 )
@@ -267,7 +267,7 @@ STATUS = ccall.Codes(CODES, timeout=(9,), remote=(21,), explain=_explain)
 
 
 def _version(functions: Mapping[str, Callable[..., Any]]) -> int:
-    return 0  # HCCL does not tell; what it lacks is asked for by symbol
+    return 0  # HCCL does not report one; what it lacks is found by symbol
 
 
 def load(path: str | os.PathLike[str] | None = None) -> Library:
@@ -309,12 +309,12 @@ def _poll(lib: Library, handle: c_void_p) -> int:
 
 
 def _finalize(lib: Library, handle: c_void_p, settle: Callable[[], None]) -> None:
-    pass  # HCCL has no such call, nor an abort: destroying is all
+    pass  # HCCL has no such call, nor an abort, only destroy
 
 
 def _destroy(lib: Library, handle: c_void_p) -> None:
-    # From any thread, as CANN documents: a call that waits for links to its peers then ends with an error; while
-    # another one works, nothing is destroyed and the answer is "again".
+    # CANN documents that any thread may call this. A call that waits for links to its peers then ends with an error;
+    # while another call is working, nothing is destroyed and the answer is "again".
     until, pause = time.monotonic() + _IN_USE_S, 1e-2
     while (code := lib.status("HcclCommDestroy", handle)) == _AGAIN and time.monotonic() < until:
         time.sleep(pause)
@@ -349,7 +349,7 @@ def _all_to_all(c: Comm, x: Tensor, y: Tensor) -> None:
 
 
 def _exchange(c: Comm, x: Tensor, sends: list[int], y: Tensor, recvs: list[int]) -> None:
-    # A tensor without elements has no address, and a null one is refused.
+    # A tensor without elements has no address, and HCCL refuses a null one.
     x, y = (t if t.numel() else t.new_empty(1) for t in (x, y))
     dtype = DTYPES[x.dtype]
     c.lib.call(
@@ -384,7 +384,7 @@ def _permute(c: Comm, x: Tensor, y: Tensor, dst: int | None, src: int | None) ->
 
 
 def _together(c: Comm, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor]) -> None:
-    """Sends and receives in one call: HcclSend by itself would wait for its peer before the next one starts."""
+    """Sends and receives in one call: a separate HcclSend would wait for its peer before the next one starts."""
     if c.rank in sends and c.rank in recvs:
         recvs[c.rank].copy_(sends[c.rank])
     messages = [(0, r, x) for r, x in sends.items()] + [(1, r, y) for r, y in recvs.items()]
@@ -398,7 +398,7 @@ def _together(c: Comm, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor])
 
 
 def _broadcast(c: Comm, x: Tensor, y: Tensor, root: int) -> None:
-    # In place: its one buffer is the source at the root and the destination elsewhere.
+    # In place: the one buffer is the source at the root and the destination elsewhere.
     if c.rank == root:
         y.copy_(x)
     c.lib.call("HcclBroadcast", y.data_ptr(), y.numel(), DTYPES[y.dtype], root, c.handle, c.stream)
@@ -468,12 +468,12 @@ def _machine(name: str, get: Callable[[], Library]) -> Machine:
 
 
 def open(library: str | os.PathLike[str] | None = None, device: str = "npu") -> Backend:
-    """A backend on the HCCL at path `library`, or on the one that is found; loaded now.
+    """A backend on the HCCL at path `library`, or on the one that is found; the library is loaded now.
 
-    device: the type of the tensors it takes; "npu" needs torch_npu. "cpu" is for libraries that work on host memory, as
-    the tests' doubles. A libhcomm.so beside the library, or else on the system's library path, is loaded with it.
-    Called again with the same arguments it returns the same backend. Every rank passes the same path: it is part of the
-    backend's name, by which graphs and ranks know it.
+    device: the type of the tensors it takes; "npu" needs torch_npu. "cpu" is for libraries that work on host memory,
+    such as the tests' doubles. A libhcomm.so beside the library, or else on the system's library path, is loaded with
+    it. Called again with the same arguments, it returns the same backend. Every rank must pass the same path: it is
+    part of the backend's name, by which graphs and ranks know it.
     Raises BackendUnavailableError if there is no such library, or its path is not safe (fcomm/backends/library.py).
     """
     lib = load(library)

@@ -19,7 +19,7 @@ from fcomm.backends.machine import LOG, Team, current, is_capturing, record_even
 from fcomm.backends.worker import start_worker, started, submit_behind
 from fcomm.errors import BackendError, FcommError
 
-_FAREWELL_S = 0.5  # a message that was received is known to be within this time
+_FAREWELL_S = 0.5  # if a message was received, the sender knows within this time
 
 # --- sends --------------------------------------------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ def send_later(on: Team, x: Tensor, dst: int, call: Callable[[], None]) -> None:
     """Run a send's calls in a thread and on a stream of its own, after what the current stream has done so far.
 
     A send waits for its receiver, in the library or on the stream. In a ring all ranks send before they receive, so a
-    send may hold neither this thread nor this stream, nor a communicator that a receive needs: each edge has its own.
+    send must not block this thread, this stream, or a communicator that a receive needs: each edge has its own.
     """
     raise_failure(on, "send")
     if is_capturing(on.device):
@@ -46,7 +46,7 @@ def send_later(on: Team, x: Tensor, dst: int, call: Callable[[], None]) -> None:
 
 
 def finish_sending(on: Team, deadline: float) -> BaseException | None:
-    """Wait until every message was taken, its receiver closes the group too, or the deadline passes; what went wrong.
+    """Wait until each message is received or its receiver closes the group, or the deadline passes; return what failed.
 
     A program may send what nobody receives: a checkpoint stops its second forward as soon as it has what it needs.
     """
@@ -80,14 +80,14 @@ def _was_taken(on: Team, dst: int, sent: Future[Any], deadline: float) -> bool:
 
 
 def _is_taken(sent: Future[Any], within_s: float) -> bool:
-    """Whether a send's calls have returned, and the device passes the event behind them, within that time."""
+    """Whether, within that time, a send's calls return and the device passes the event after them."""
     until = time.monotonic() + within_s
     try:
         event = sent.result(within_s)
     except NotYet:
         if not sent.done():
             return False
-        event = sent.result()  # it ended as the wait did, or with a deadline of its own
+        event = sent.result()  # it ended as the wait did, or by its own deadline
     while event is not None and not event.query():
         if time.monotonic() >= until:
             return False
@@ -97,8 +97,8 @@ def _is_taken(sent: Future[Any], within_s: float) -> bool:
 
 # --- kernels ------------------------------------------------------------------------------------------------------
 
-# A call on a device returns long before its kernel has met its peers. So each leaves an event, and a thread looks
-# whether the oldest one has passed its deadline.
+# A call on a device returns long before its kernel has met its peers. So each call leaves an event, and a thread checks
+# whether the oldest one is past its deadline.
 _TEAMS: list[Team] = []
 _TEAMS_LOCK = threading.Lock()
 _watcher: threading.Thread | None = None
@@ -106,7 +106,7 @@ _WATCH_S = 0.5
 
 
 def watch(on: Team, op: str, deadline: float) -> None:
-    """Have the thread look after what was just put on the current stream."""
+    """Have the thread watch what was just put on the current stream."""
     global _watcher  # noqa: PLW0603
     event = record_event(on.device)
     if event is None:
@@ -117,7 +117,7 @@ def watch(on: Team, op: str, deadline: float) -> None:
     with _TEAMS_LOCK:
         if not any(other is on for other in _TEAMS):
             _TEAMS.append(on)
-        if _watcher is None or not _watcher.is_alive():  # a forked child has its parent's, ended
+        if _watcher is None or not _watcher.is_alive():  # in a forked child, the parent's thread has ended
             thread = threading.Thread(target=_watch_teams, name="fcomm-watch", daemon=True)
             _watcher = thread if started(thread) else None
 
@@ -142,17 +142,17 @@ def _watch_teams() -> None:
 
 
 def look_at_pending(on: Team) -> None:
-    """Give up on the team if what the device has not finished is late, or the library or a rank has failed.
+    """Give up on the team if the device's pending work is late, or if the library or a rank has failed.
 
-    With nothing pending, too: a call after another rank's failure must raise, and not put a kernel that nobody meets
-    on the device.
+    It looks even if nothing is pending: a call after another rank's failure must raise, and not put a kernel on
+    the device that waits for peers that never come.
     """
     with on.lock:
         _, deadline, op = on.pending[0] if on.pending else (None, math.inf, BETWEEN)
     if on.failure is not None:
         return
     library = on.machine.load()
-    # Held while aborting: no other thread may be inside the library then. A call that holds it for long looks around.
+    # Held while aborting: no other thread may be inside the library then. A long call checks for failures itself.
     if not on.main.lock.acquire(timeout=SLICE_S):
         return
     try:
@@ -161,7 +161,7 @@ def look_at_pending(on: Team) -> None:
             for channel in ready:
                 ccall.check(library, on.poll(library, channel), f"{op}, asynchronously,")
             needed = {rank for channel in ready for rank in channel.members}
-            # Not op: it may be done, asking would spoil a capture. Nor its deadline, for the same reason.
+            # Not op: it may be done, and asking would spoil a capture. Nor its deadline, for the same reason.
             look_around(on, BETWEEN, math.inf, needed)
             if time.monotonic() > deadline:
                 _check_late(on)

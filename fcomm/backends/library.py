@@ -1,8 +1,8 @@
 """Finding a vendor's library, and refusing a path that someone else could have put a library at.
 
-Loading a library runs its code. A path from an argument or a variable is therefore absolute, and neither it nor a
-directory above it may be written by anyone but its owner, who is this user or root. The process's own search path
-(LD_LIBRARY_PATH, site-packages) is trusted as python itself is.
+Loading a library runs its code. A path from an argument or a variable must therefore be absolute, and only its owner,
+who must be this user or root, may be able to write to it or to a directory above it. The process's own search path
+(LD_LIBRARY_PATH, site-packages) is trusted like python itself.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fcomm.errors import BackendUnavailableError, printable
 
 @dataclass(frozen=True)
 class Search:
-    """Where one library may be.
+    """Where a library may be.
 
     soname: what the system's loader knows it as.  variable: the environment variable that may name its path.
     packages: (package, path inside it) of the vendor's wheels.  directories: of the vendor's own installation, where
     $VARIABLE stands for its value.
-    companion: the soname of a second library that may have some of the symbols; beside the first, or else where the
-    system's loader finds it.
+    companion: the soname of a second library that may have some of the symbols. It is beside the first, or else where
+    the system's loader finds it.
     hint: how to install it, quoted by the error.
     """
 
@@ -40,10 +40,10 @@ class Search:
 
 
 def find(search: Search, argument: str | os.PathLike[str] | None = None) -> str:
-    """What to hand to dlopen: an absolute path, or the soname where only the system's loader may know it.
+    """What to pass to dlopen: an absolute path, or the soname if only the system's loader may know it.
 
-    In this order: the argument; the variable; the copy that this process has loaded already, since two copies of one
-    library do not know of each other; the vendor's wheel; the vendor's directories; the soname.
+    It tries, in this order: the argument; the variable; the copy that this process has already loaded, since two copies
+    of one library do not know of each other; the vendor's wheel; the vendor's directories; the soname.
     Raises BackendUnavailableError if the argument or the variable names a path that is wrong or not safe.
     """
     if argument is not None:
@@ -65,11 +65,11 @@ def find(search: Search, argument: str | os.PathLike[str] | None = None) -> str:
 def load(search: Search, argument: str | os.PathLike[str] | None = None) -> tuple[list[ctypes.CDLL], str]:
     """The library, its companion if there is one, and the library's path.
 
-    CDLL, not PyDLL, so that waiting calls let other threads run.
+    They are CDLLs, not PyDLLs, so that waiting calls let other threads run.
     """
     path = find(search, argument)
     try:
-        # Before the library, and with its symbols seen by all: the library looks them up by name.
+        # Load it before the library, with global symbols: the library looks them up by name.
         companion = _companion(search, path)
         return [ctypes.CDLL(path), *companion], path
     except OSError as error:
@@ -83,7 +83,7 @@ def load(search: Search, argument: str | os.PathLike[str] | None = None) -> tupl
 
 
 def _companion(search: Search, path: str) -> list[ctypes.CDLL]:
-    """The second library, beside the first or where the system's loader finds it; none where the first has all."""
+    """The second library, beside the first or where the system's loader finds it; none if the first has everything."""
     if search.companion is None:
         return []
     beside = os.path.join(os.path.dirname(path), search.companion)
@@ -110,7 +110,7 @@ def check_path(path: str, source: str) -> str:
         real = os.path.realpath(path, strict=True)
         if not stat.S_ISREG(os.stat(real).st_mode):
             raise BackendUnavailableError(f"{shown} is not a regular file; pass the library itself")
-        # The directories of the name as given count too: whoever can write one can put another link there.
+        # Check the directories of the given name too: whoever can write to one can put another link there.
         for place in (real, *Path(real).parents, *Path(path).parents):
             _check_owner(str(place), shown)
     except OSError as error:
@@ -129,7 +129,7 @@ def _check_owner(place: str, shown: str) -> None:
 
 
 def _loaded(soname: str) -> str | None:
-    """Path of the copy of soname that is mapped into this process, torch's for example."""
+    """Path of the copy of soname that is mapped into this process, for example torch's."""
     stem = soname.split(".so", maxsplit=1)[0] + ".so"
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         for line in maps:

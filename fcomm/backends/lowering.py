@@ -1,8 +1,9 @@
 """Every collective of a vendor's machine: its natives where they mean the same, else a composition of its moves.
 
-What fcomm/arithmetic.py asks for and the libraries do not give (half types accumulated in float32, NaN in max and min,
-bit operations, dtypes without a name there) is one exchange of blocks, a fold in rank order on this device, and one
-gather of the folded blocks: the traffic of a ring all_reduce. notes/0050-device-lowerings.md has the table.
+Where the libraries lack what fcomm/arithmetic.py requires (half types accumulated in float32, NaN in max and min, bit
+operations, dtypes that they have no name for), a reduction is one exchange of blocks, a fold in rank order on this
+device, and one gather of the folded blocks: the traffic of a ring all_reduce. notes/0050-device-lowerings.md has the
+table.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def table(machine: Machine) -> dict[str, Lowering]:
 
 
 def _new(lowering: Callable[..., Tensor], *args: Any, **params: Any) -> Tensor:
-    """The result, as no view, even of a tensor of its own: autograd would refuse to let the caller write into it."""
+    """The result, detached so that it is not a view: autograd would not let the caller write into one."""
     return lowering(*args, **params).detach()
 
 
 def backend_on(lib: Library, device: str, machine: Callable[[str, Callable[[], Library]], Machine]) -> Backend:
-    """The backend on a library, registered at the first call: ranks and graphs know it by the library's path."""
+    """The backend on a library, registered at the first call; ranks and graphs know it by the library's path."""
     name = f"{lib.name}@{device}:{lib.path}"
     if name not in BACKENDS:
         register_backend(Backend(name, devices=(device,), lowerings=table(machine(name, lambda: lib))))
@@ -67,12 +68,12 @@ def _call(m: Machine, name: str, group: Group, x: Tensor, fn: Callable[[Comm], N
 
 
 def _flat(m: Machine, x: Tensor) -> Tensor:
-    """x as the library moves it: complex as pairs, what has no name in every version as bytes."""
+    """x as the library moves it: complex as pairs, dtypes without a name in some version as bytes."""
     return _as(m.moves.get(x.dtype, torch.uint8), x)
 
 
 def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
-    # A tensor over someone else's buffer may start anywhere; the libraries want a multiple of the element size.
+    # A tensor over a foreign buffer may start anywhere; the libraries require a multiple of the element size.
     flat = elements(x, dtype)
     return flat.clone() if flat.data_ptr() % dtype.itemsize else flat
 
@@ -83,7 +84,7 @@ def _exchange(m: Machine, name: str, group: Group, x: Tensor, sends: Sequence[in
     sent, received = _flat(m, x), _flat(m, y)
     each = x.element_size() // sent.element_size()
     counts = [d * each for d in sends], [d * each for d in recvs]
-    # Even a rank that neither sends nor receives calls: on HCCL this is a collective.
+    # Even a rank that neither sends nor receives makes the call: on HCCL it is a collective.
     _call(m, name, group, x, lambda c: m.exchange(c, sent, counts[0], received, counts[1]))
     return y
 
@@ -91,7 +92,7 @@ def _exchange(m: Machine, name: str, group: Group, x: Tensor, sends: Sequence[in
 def _move(
     m: Machine, name: str, group: Group, x: Tensor, y: Tensor, native: Callable[..., None], *rest: int | None
 ) -> Tensor:
-    """y, after native(comm, x, y, *rest) on both as the library moves them; all ranks have elements, or none has."""
+    """y, after native(comm, x, y, *rest) on both as the library moves them; either all ranks have elements or none."""
     if x.numel():
         sent, received = _flat(m, x), _flat(m, y)
         _call(m, name, group, x, lambda c: native(c, sent, received, *rest))
@@ -111,18 +112,19 @@ def _gather_rows(m: Machine, name: str, group: Group, x: Tensor) -> Tensor:
 
 
 def _said(m: Machine, name: str, group: Group, x: Tensor, sizes: Sequence[int]) -> list[list[int]] | None:
-    """Every rank's sizes; None while a graph is captured: the host cannot read what a captured stream will bring."""
+    """Every rank's sizes; None while a graph is captured: the host cannot read what a captured stream will receive."""
     if is_capturing(x.device):
         return None
     mine = torch.tensor(list(sizes), dtype=torch.int64, device=x.device)
     said: list[list[int]] = _gather_rows(m, name, group, mine).tolist()
-    raise_failure(team(m, group, x.device), name)  # which may have ended the kernel, and left anything there
+    raise_failure(team(m, group, x.device), name)  # a failure may have ended the kernel and left anything there
     return said
 
 
 # --- reductions ---------------------------------------------------------------------------------------------------
 
-# The mean of these is their sum, divided: of bool it has no meaning, and torch does not divide wide unsigned integers.
+# The mean of these is their sum, divided. Not bool, whose mean has no meaning, nor wide unsigned integers, which torch
+# does not divide.
 _DIVIDED = (
     torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64,
     torch.float32, torch.float64, torch.complex64, torch.complex128,
@@ -130,15 +132,15 @@ _DIVIDED = (
 
 
 def _native(m: Machine, dtype: torch.dtype, op: str) -> tuple[torch.dtype, str] | None:
-    """How the library reduces dtype by op: as which dtype, by which op; None if not, or not with the same meaning."""
+    """The dtype and op by which the library reduces dtype by op; None if it cannot, or means something else."""
     if op == "mean":
-        # Not ncclAvg: it multiplies each summand by 1/n, which rounds where a division of the sum does not.
+        # Not ncclAvg: it multiplies each summand by 1/n, which rounds where dividing the sum does not.
         return m.reductions["sum"].get(dtype) if dtype in _DIVIDED else None
     return m.reductions.get(op, {}).get(dtype)
 
 
 def _summand(wire: torch.dtype, x: Tensor) -> Tensor:
-    """x as the library reduces it: by a bool's bytes, of which torch takes every one but 0 for True."""
+    """x as the library reduces it. A bool becomes 0 or 1 first, since torch takes every byte except 0 for True."""
     return _as(wire, x.view(torch.uint8).ne(0) if x.dtype == torch.bool else x)
 
 
@@ -151,7 +153,7 @@ def _fold_rows(
 ) -> Tensor:
     """Each rank folds one block of all ranks' x.
 
-    of: the ranks' blocks -> the result's block, or with each=True one for each rank.
+    of: the ranks' blocks -> the result's block, or with each=True one block for each rank.
     """
     n, flat = group.size, x.reshape(-1)
     blocks = x.new_zeros((n, -(-flat.numel() // n)))
@@ -210,7 +212,7 @@ def _reduce_scatter(
             counts = [d * sent.numel() // packed.numel() for d in sends]
             _call(m, name, group, x, lambda c: m.reduce_scatter_uneven(c, sent, counts, received, wire_op))
             return _divided(y, op, n)
-        # Blocks of their own lengths, then one fold.
+        # An exchange of blocks of different lengths, then one fold.
         got = _exchange(m, name, group, packed, sends, [prod(shape)] * n)
         return fold([block.reshape(shape) for block in got.split([prod(shape)] * n)], op)
     rows = stack_blocks(x, dim, n) if tiled else x.movedim(dim, 0).contiguous()
@@ -239,7 +241,7 @@ def _all_gather(m: Machine, x: Tensor, group: Group, *, dim: int, tiled: bool, s
             _call(m, "all_gather", group, x, lambda c: m.all_gather_uneven(c, sent, received, counts))
             blocks = zip(y.split(lengths), shapes, strict=True)
             return torch.cat([block.reshape(shape) for block, shape in blocks], dim)
-        # Padded to the longest: one native call, where blocks of their own lengths would be n * (n - 1) messages.
+        # Padded to the longest this is one native call; unpadded blocks would be n * (n - 1) messages.
         rows = _gather_rows(m, "all_gather", group, pad(x, dim, max(sizes)))
         return torch.cat([row.narrow(dim, 0, d) for row, d in zip(rows, sizes, strict=True)], dim)
     rows = _gather_rows(m, "all_gather", group, x)
@@ -274,13 +276,13 @@ def _ppermute(m: Machine, x: Tensor, group: Group, *, perm: Sequence[int]) -> Te
     dst = next((d for s, d in pairs(perm) if s == here), None)
     src = next((s for s, d in pairs(perm) if d == here), None)
     on = team(m, group, x.device)
-    # A rank without a peer learns what the others do: that the group is unusable.
+    # A rank without a peer must learn, like the others, that the group is unusable.
     raise_failure(on, "ppermute")
     y = torch.zeros_like(x) if src is None else torch.empty_like(x)
     if src != here and (src is not None or dst is not None):
         return _move(m, "ppermute", group, x, y, m.permute, dst, src)
     if x.numel():
-        on.calls += 1  # as those that have one
+        on.calls += 1  # as on ranks with a peer
     return x.clone() if src == here else y
 
 
@@ -302,9 +304,9 @@ def _scatter(m: Machine, x: Tensor, group: Group, *, src: int, dim: int) -> Tens
 
 
 def _send(m: Machine, x: Tensor, group: Group, *, dst: int, derivative: int) -> Tensor:
-    # A copy: the caller may write x again before it has left. The receiver learns what comes first: NCCL would
+    # A copy, since the caller may write to x before it is sent. A header tells the receiver what comes: NCCL would
     # write past the end of a smaller tensor, or wait for ever for the rest of a larger one. Both go as bytes, so that a
-    # receiver of another dtype can take them and say what is wrong.
+    # receiver that expects another dtype can take them and say what is wrong.
     on, edge = team(m, group, x.device), (group.rank or 0, dst)
     for part in (header(x, derivative), x.clone()):
         if part.numel():
@@ -323,10 +325,10 @@ def _recv(m: Machine, after: Tensor, like: Tensor, group: Group, *, src: int, de
     head = torch.empty(HEADER, dtype=torch.int64, device=like.device)
     issue(on, "recv", lambda c: m.recv(c, _as(torch.uint8, head), 0), edge)
     said = head.tolist()
-    raise_failure(on, "recv")  # which may have ended the kernel, and left head as it was
+    raise_failure(on, "recv")  # a failure may have ended the kernel and left head as it was
     y = torch.empty_like(like)
     error = misfit(group, src, said, like, derivative)
-    # What does not fit is taken off the edge, or the sender would wait for it to be.
+    # A message that does not fit is still received, or the sender would wait for that.
     into = torch.empty(nbytes(said), dtype=torch.uint8, device=like.device) if error else _as(torch.uint8, y)
     if into.numel():
         issue(on, "recv", lambda c: m.recv(c, into, 0), edge)
@@ -339,7 +341,7 @@ def _barrier(m: Machine, x: Tensor, group: Group) -> Tensor:
     on, flags = team(m, group, x.device), torch.zeros(2, device=x.device)
     issue(on, "barrier", lambda c: m.barrier(c, flags))
     synchronize(x.device)
-    raise_failure(on, "barrier")  # which may have ended the kernel
+    raise_failure(on, "barrier")  # a failure may have ended the kernel
     return x.clone()
 
 

@@ -1,9 +1,9 @@
-"""What NCCL and HCCL share beside their calls: a library as a table of functions, and what it has on one group.
+"""What NCCL and HCCL share besides their calls: a library as a table of functions, and its state on one group.
 
 machine.py       the values: Machine, Comm, Channel, Team; the device's stream
 communicator.py  opening, calling, closing
 failure.py       deadlines, other ranks' failures, the abort
-later.py         what goes on after a call has returned: sends, and a device's kernels
+later.py         work that goes on after a call has returned: sends, and a device's kernels
 worker.py        the threads of calls that may wait
 lowering.py      the collectives
 """
@@ -34,7 +34,7 @@ LOG = logging.getLogger("fcomm")
 
 @dataclass(frozen=True)
 class Comm:
-    """What a native call needs: the library, its communicator, the stream, and this rank's place."""
+    """What a native call needs: the library, its communicator, the stream, and this rank's number."""
 
     lib: Library
     handle: ctypes.c_void_p
@@ -55,20 +55,20 @@ class Machine:
     """
 
     name: str
-    load: Callable[[], Library]  # at the first call; the same one later
+    load: Callable[[], Library]  # loads it at the first call, and returns the same one later
     id_nbytes: int
     make_id: Callable[[Library], bytes]
     # connect(library, handle, size, id, rank) fills handle; poll(library, handle) is the asynchronous status.
     connect: Callable[[Library, ctypes.c_void_p, int, bytes, int], None]
     poll: Callable[[Library, ctypes.c_void_p], int]
-    # finalize(library, handle, settle) agrees with the peers that all is done, before destroy(library, handle);
-    # abort(library, handle) ends it without them.
+    # finalize(library, handle, settle) agrees with the peers that everything is done, before destroy(library, handle);
+    # abort(library, handle) ends the communicator without them.
     finalize: Callable[[Library, ctypes.c_void_p, Callable[[], None]], None]
     destroy: Callable[[Library, ctypes.c_void_p], None]
     abort: Callable[[Library, ctypes.c_void_p], None]
-    # dtype -> the dtype it moves as; what is not here moves as bytes.
+    # dtype -> the dtype it moves as; others move as bytes.
     moves: Mapping[torch.dtype, torch.dtype]
-    # op -> dtype -> (dtype it is reduced as, op): what the library reduces as fcomm/arithmetic.py says.
+    # op -> dtype -> (dtype it is reduced as, op), where the library's result is that of fcomm/arithmetic.py.
     reductions: Mapping[str, Mapping[torch.dtype, tuple[torch.dtype, str]]]
     all_reduce: Callable[[Comm, Tensor, Tensor, str], None]
     reduce: Callable[[Comm, Tensor, Tensor, str, int], None]
@@ -77,20 +77,20 @@ class Machine:
     all_to_all: Callable[[Comm, Tensor, Tensor], None]
     # exchange(comm, x, sends, y, recvs): the first sends[0] elements of x go to rank 0, ...; every rank calls it.
     exchange: Callable[[Comm, Tensor, list[int], Tensor, list[int]], None]
-    # permute(comm, x, y, dst, src): the ranks without dst and src do not call it.
+    # permute(comm, x, y, dst, src): ranks without dst and src do not call it.
     permute: Callable[[Comm, Tensor, Tensor, int | None, int | None], None]
     broadcast: Callable[[Comm, Tensor, Tensor, int], None]
     gather: Callable[[Comm, Tensor, Tensor, int], None]
     scatter: Callable[[Comm, Tensor, Tensor, int], None]
     send: Callable[[Comm, Tensor, int], None]
     recv: Callable[[Comm, Tensor, int], None]
-    # barrier(comm, flags): two elements, for a library that has none. No native keeps its temporaries until a
-    # communicator that does not block has used them, so callers own all memory.
+    # barrier(comm, flags): two elements, for a library without a barrier. No native keeps temporaries until a
+    # non-blocking communicator has used them, so callers own all memory.
     barrier: Callable[[Comm, Tensor], None]
-    # By collective, the symbols of the two natives that not every library has; without them blocks of different lengths
-    # are composed. all_gather_uneven(comm, x, y, counts), reduce_scatter_uneven(comm, x, counts, y, op).
+    # By collective, the symbols of the two natives that not every library has; without them, uneven calls are composed:
+    # all_gather_uneven(comm, x, y, counts), reduce_scatter_uneven(comm, x, counts, y, op).
     uneven: Mapping[str, str] = field(default_factory=dict)
-    uneven_refuses: tuple[torch.dtype, ...] = ()  # what reduce_scatter reduces, and reduce_scatter_uneven does not
+    uneven_refuses: tuple[torch.dtype, ...] = ()  # what reduce_scatter reduces, but reduce_scatter_uneven does not
     all_gather_uneven: Callable[[Comm, Tensor, Tensor, list[int]], None] = _lacking
     reduce_scatter_uneven: Callable[[Comm, Tensor, list[int], Tensor, str], None] = _lacking
 
@@ -103,8 +103,8 @@ class Channel:
     """A communicator of some ranks of a group, opened at its first call.
 
     members: ranks within the group; the first makes the unique id.
-    ended: it was aborted. polling: held while the library is asked about the handle, and to end it: after an abort the
-    handle is no longer memory of the library's, and a thread that polls must not ask again.
+    ended: it was aborted. polling: held while asking the library about the handle, and while ending it: after an abort
+    the handle's memory is no longer the library's, and a thread that polls must not ask again.
     """
 
     key: str
@@ -118,7 +118,7 @@ class Channel:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def take(self, handle: ctypes.c_void_p) -> ctypes.c_void_p | None:
-        """What the library has put into handle, for the one caller who is to end it; None for all others."""
+        """What the library has put into handle, for the one caller that is to end it; None for all others."""
         with self.taking:
             taken, handle.value = ctypes.c_void_p(handle.value), None
         return taken if taken.value else None
@@ -129,10 +129,10 @@ class Team:
     """What one backend has on one group and device in this process.
 
     main: the communicator of all ranks.  edges: one more for each edge that send and recv use, (from, to).
-    calls: on all ranks, the same number on each; one that closes says how many.
-    failure: what ended it; raised: whether a caller has got that error.
-    sending: (destination, send) of what is on its way; a send's result is the event behind it on the device.
-    pending: (event, deadline, collective) of what the device has not finished.
+    calls: how many calls on all ranks were made, the same number on each; a rank that closes publishes it.
+    failure: what ended the team; raised: whether a caller has got that error.
+    sending: (destination, send) of messages on their way; a send's result is the event after it on the device.
+    pending: (event, deadline, collective) of work that the device has not finished.
     """
 
     machine: Machine
@@ -167,16 +167,16 @@ class Team:
             return self.machine.poll(library, channel.handle)
 
     def where(self, op: str) -> str:
-        """What an error's text starts with."""
+        """The beginning of an error's text."""
         group, backend = self.group, self.machine.name
         return f"{op}: on group '{group.name}' of backend '{backend}', rank {self.rank} of {group.size}"
 
     # The group's store. Each call raises NoAnswerError after limit_s seconds without an answer; look: as in Live.ask.
 
     def read(self, what: str, limit_s: float, look: Callable[[], None] = lambda: None) -> bytes | None:
-        """What the ranks of this team find under a key of the group's store, or None.
+        """The value that this team's ranks share under a key of the group's store, or None.
 
-        check, not wait: a store's client serves one call at a time, and this rank's other threads use it too.
+        It polls and does not wait, because a store's client serves one call at a time, and other threads use it too.
         """
         key = self._key(what)
         return self.live.ask(lambda store: bytes(store.get(key)) if store.check([key]) else None, limit_s, look)
@@ -186,7 +186,7 @@ class Team:
         self.live.ask(lambda store: store.set(key, value), limit_s, look)  # type: ignore[arg-type]  # it stores bytes
 
     def count(self, what: str, limit_s: float) -> int:
-        """One more than the number of calls before, of all ranks."""
+        """The number of calls by all ranks, this one included."""
         key = self._key(what)
         return self.live.ask(lambda store: store.add(key, 1), limit_s)
 
@@ -200,7 +200,7 @@ class Team:
 
 # --- the device ---------------------------------------------------------------------------------------------------
 
-# Host memory has no streams, but a library refuses a null one: the address of memory that lives as long as this module.
+# Host memory has no streams, but a library refuses a null one. So this is some memory that lives as long as the module.
 _NO_STREAM = ctypes.create_string_buffer(64)
 
 
@@ -213,7 +213,7 @@ def stream_of(device: torch.device) -> int:
 
 
 def record_event(device: torch.device) -> Any:
-    """An event behind what the current stream has so far; None on host memory and while a graph is captured."""
+    """An event after what the current stream has so far; None on host memory and while a graph is captured."""
     if device.type == "cpu" or is_capturing(device):
         return None
     return torch.get_device_module(device).current_stream(device).record_event()
@@ -235,7 +235,7 @@ def is_capturing(device: torch.device) -> bool:
 
 @contextmanager
 def current(device: torch.device) -> Iterator[None]:
-    """The device as the current one: a communicator belongs to it."""
+    """Make the device the current one: a communicator belongs to it."""
     if device.type == "cpu":
         yield
     else:

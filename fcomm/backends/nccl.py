@@ -1,4 +1,4 @@
-"""nccl: NVIDIA's library, 2.21 to 2.32, through its C interface; any library with the same symbols.
+"""nccl: NVIDIA's library, 2.21 to 2.32, through its C interface; any library with the same symbols will do.
 
 Values, sizes and versions are those of nccl.h as released; tests compare them with the vendor's own bindings.
 Same order as hccl.py: declarations, library, communicators, natives, backend.
@@ -60,8 +60,8 @@ DTYPES = {
 # ncclRedOp_t; ncclAvg, 4, is not used: lowering.py says why
 OPS = {"sum": 0, "prod": 1, "max": 2, "min": 3}
 
-# dtype -> the dtype it moves as. Not here, so moved as bytes: int16 and uint16, which have no name in NCCL, and float8,
-# which has none before 2.24.
+# dtype -> the dtype it moves as. These are not here, so they are moved as bytes: int16 and uint16, which have no name
+# in NCCL, and float8, which has none before 2.24.
 MOVES = {d: d for d in DTYPES if d not in (torch.float8_e4m3fn, torch.float8_e5m2)} | {
     torch.bool: torch.uint8,
     torch.complex64: torch.float32,
@@ -70,8 +70,9 @@ MOVES = {d: d for d in DTYPES if d not in (torch.float8_e4m3fn, torch.float8_e5m
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.uint32, torch.int64, torch.uint64)
 _FLOATS = (torch.float32, torch.float64)
-# op -> dtype -> (dtype NCCL reduces it as, op), where that means the same. Not here, so composed: max and min of floats
-# (fmaxf drops NaN, reduce_kernel.h), half types (rounded at every step), bit operations, int16 and uint16.
+# op -> dtype -> (dtype NCCL reduces it as, op), where that means the same. These are not here, so they are composed:
+# max and min of floats (fmaxf drops NaN, reduce_kernel.h), half types (rounded at every step), bit operations, int16
+# and uint16.
 REDUCTIONS: dict[str, dict[torch.dtype, tuple[torch.dtype, str]]] = {
     "sum": {
         **{d: (d, "sum") for d in _INTEGERS + _FLOATS},
@@ -94,7 +95,7 @@ class UniqueId(Structure):
 
 
 class Config(Structure):
-    """ncclConfig_t of 2.26.5: every library of the supported range takes it, as version says what is filled in."""
+    """ncclConfig_t of 2.26.5: every supported library accepts it, since its version field says what is filled in."""
 
     _fields_ = (
         ("size", c_size_t),
@@ -114,7 +115,7 @@ _UNSET = -(2**31)
 
 
 def config(*, blocking: bool) -> Config:
-    """The defaults, and whether calls wait."""
+    """The defaults, except whether calls wait."""
     return Config(ctypes.sizeof(Config), 0xCAFEBEEF, 22605, int(blocking), _UNSET, _UNSET, _UNSET, None, _UNSET, _UNSET)
 
 
@@ -218,7 +219,7 @@ SEARCH = library.Search(
 
 
 def _explain(lib: Library, code: int) -> str:
-    # The last error is of this thread and stays after a success: it is worth reading only right after a failure.
+    # The last error is this thread's and stays after a success: it is worth reading only right after a failure.
     text = lib.functions["ncclGetErrorString"](code) or b""
     last = (lib.functions["ncclGetLastError"](None) if "ncclGetLastError" in lib else None) or b""
     return f"{text.decode(errors='replace')} ({last.decode(errors='replace').strip()[:300]})"
@@ -262,7 +263,7 @@ def _make_id(lib: Library) -> bytes:
 def _connect(lib: Library, handle: c_void_p, size: int, uid: bytes, rank: int) -> None:
     arguments = ctypes.byref(handle), size, UniqueId.from_buffer_copy(uid), rank
     if "ncclCommInitRankConfig" in lib:
-        # Not blocking: only such a communicator can be aborted while a call is in progress.
+        # Non-blocking: only such a communicator can be aborted while a call is in progress.
         lib.call("ncclCommInitRankConfig", *arguments, ctypes.byref(config(blocking=False)))
     else:
         lib.call("ncclCommInitRank", *arguments)
@@ -340,7 +341,7 @@ def _together(c: Comm, sends: Mapping[int, Tensor], recvs: Mapping[int, Tensor])
         for r in of:
             _recv(c, recvs[r], r)
     except BaseException:
-        # The group is this thread's; left open, it would swallow the calls that follow.
+        # The group belongs to this thread; left open, it would swallow the calls that follow.
         c.lib.status("ncclGroupEnd")
         raise
     c.lib.call("ncclGroupEnd")
@@ -375,7 +376,7 @@ def _recv(c: Comm, y: Tensor, peer: int) -> None:
 
 
 def _barrier(c: Comm, flags: Tensor) -> None:
-    # NCCL has no barrier; the stream passes a sum of one element when all ranks have reached it.
+    # NCCL has no barrier; the stream gets past a sum of one element when all ranks have reached it.
     _all_reduce(c, flags[:1], flags[1:], "sum")
 
 
@@ -412,11 +413,11 @@ def _machine(name: str, get: Callable[[], Library]) -> Machine:
 
 
 def open(library: str | os.PathLike[str] | None = None, device: str = "cuda") -> Backend:
-    """A backend on the NCCL at path `library`, or on the one that is found; loaded now.
+    """A backend on the NCCL at path `library`, or on the one that is found; the library is loaded now.
 
-    device: the type of the tensors it takes. "cpu" is for libraries that work on host memory, as the tests' doubles.
-    Called again with the same arguments it returns the same backend. Every rank passes the same path: it is part of the
-    backend's name, by which graphs and ranks know it.
+    device: the type of the tensors it takes. "cpu" is for libraries that work on host memory, such as the tests'
+    doubles. Called again with the same arguments, it returns the same backend. Every rank must pass the same path: it
+    is part of the backend's name, by which graphs and ranks know it.
     Raises BackendUnavailableError if there is no such library, or its path is not safe (fcomm/backends/library.py).
     """
     lib = load(library)

@@ -1,7 +1,7 @@
 """Outputs of the shared-memory backend: small ones are torch's, large ones come from the engine's pool of blocks.
 
-A fresh 64 MB tensor costs six times the collective that fills it, in page faults. A block of the pool keeps its pages;
-it goes back when the storage dies, that is with the last tensor, view or saved tensor that shares it, on any thread.
+In page faults, a fresh 64 MB tensor costs six times as much as the collective that fills it. A block of the pool keeps
+its pages. It goes back when its storage dies, with the last tensor, view or saved tensor that shares it, on any thread.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from fcomm.registration import tensor_of_capsule
 try:
     native: Any = import_module("fcomm._native")
     why_no_native = ""
-except ImportError as error:  # no compiler was there when fcomm was installed
+except ImportError as error:  # there was no compiler when fcomm was installed
     native, why_no_native = None, str(error)
 
-# Below it glibc recycles memory by itself. A block of the pool costs half a microsecond more than torch's, and a peer
+# Below this glibc recycles memory by itself. A block of the pool costs half a microsecond more than torch's, but a peer
 # may write into it.
 POOLED_NBYTES = 64 << 10
 
-# DLPack's kind (DLDataTypeCode in dlpack.h) and bits of the dtypes that torch takes over by it. Others come as bytes.
+# DLPack's kind (DLDataTypeCode in dlpack.h) and bits of the dtypes that torch imports through it. Others come as bytes.
 _FORMS = {
     dtype: (kind, 8 * dtype.itemsize)
     for kind, dtypes in (
@@ -42,12 +42,12 @@ MAX_DIMS, MAX_RANKS = 16, 240
 
 
 def pooled(shape: tuple[int, ...], nbytes: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised contiguous tensor of that shape, which has so many bytes; its storage cannot be resized."""
+    """An uninitialised contiguous tensor of that shape, which takes nbytes; its storage cannot be resized."""
     form = _FORMS.get(dtype)
     if form is not None and len(shape) <= MAX_DIMS:
         return tensor_of_capsule(native.pool_take(nbytes, *form, shape))
     block = tensor_of_capsule(native.pool_take(nbytes, *_FORMS[torch.uint8], (nbytes,)))
-    # Not block.view(..): a view would have a base, and autograd would watch writes through it.
+    # Not block.view(..): a view has a base, and autograd would track writes through it.
     whole: Tensor = torch.empty(0, dtype=dtype).set_(block.untyped_storage(), 0, shape, ())
     return whole
 
@@ -62,11 +62,11 @@ def memory_stats() -> dict[str, int]:
 
 
 def empty_cache() -> int:
-    """Give the pool's idle blocks back to the system; the result is how many bytes that freed."""
+    """Give the pool's idle blocks back to the system; return how many bytes that freed."""
     return int(native.pool_clear()) if native else 0
 
 
 def limit_cache(idle_nbytes: int) -> None:
-    """Keep at most that many idle bytes in the pool; blocks that come back beyond it go to the system."""
+    """Keep at most that many idle bytes in the pool; blocks returned beyond that go to the system."""
     if native:
         native.pool_set_limit(idle_nbytes)

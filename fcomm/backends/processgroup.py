@@ -1,9 +1,9 @@
-"""What c10d has of a group: a torch.distributed process group, and the account of who broke a call on it.
+"""What c10d keeps for a group: a torch.distributed process group, and the account of which rank broke a call on it.
 
 torch.distributed says "Connection closed by peer 127.0.0.1:4711". So each rank leaves its host and process id in the
-group's store when the communicator opens, and when a call fails, the ranks look there for who is gone, who closed, who
-failed where and who did not come. The first to reach a verdict writes it down, and all raise that.
-notes/0012-c10d-failures.md has the reasons and the limits.
+group's store when the communicator opens. When a call fails, the ranks look there for ranks that have ended, that
+closed, that failed (and where), and that did not come. The first to reach a verdict writes it down, and all ranks raise
+that. notes/0012-c10d-failures.md has the reasons and the limits.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ from fcomm.rendezvous import Live, live
 
 T = TypeVar("T")
 
-_SLICE_S = 0.25  # how often a rank that waits looks whether another one has failed
+_SLICE_S = 0.25  # how often a waiting rank checks whether another one has failed
 _SLICE = timedelta(seconds=_SLICE_S)
 _FOREVER = timedelta(days=365)
 _ACCOUNT_S = 1.0  # how long ranks collect each other's reports
-_STORE_S = 3.0  # a store that answers later is taken for gone
+_STORE_S = 3.0  # a store that takes longer to answer is considered gone
 
 _ERRORS: dict[str, type[FcommError]] = {
     e.__name__: e for e in (BackendError, CollectiveTimeoutError, MismatchError, PeerDiedError)
 }
 
 
-# torch's NCCL has one communicator for both directions between two ranks: where both send before they receive, opening
-# it fails ("internal error"). So there send and recv have a process group for each direction.
+# torch's NCCL has one communicator for both directions between two ranks: if both send before they receive, opening it
+# fails ("internal error"). So on these devices send and recv have a process group for each direction.
 _DIRECTED = ("cuda",)
 _STARTING = threading.Lock()  # of workers; not the edge's lock, which its worker holds until the receiver comes
 
 
 @dataclass
 class Edge:
-    """From one rank to another: the thread that waits for the messages; a process group of the two, where directed."""
+    """From one rank to another: the thread that waits for the messages and, if directed, a process group of the two."""
 
     pg: Any = None
     worker: Worker | None = None
@@ -69,13 +69,13 @@ class Edge:
 
 @dataclass
 class Communicator:
-    """A group's process group for one device type, and where this rank is in its sequence of calls.
+    """A group's process group for one device type, and this rank's position in its sequence of calls.
 
-    owned: made here, and not the caller's.
-    check: every call is compared over the ranks before it is made (FCOMM_CHECK=1).
+    owned: made here, so not the caller's.
+    check: every call is compared across the ranks before it is made (FCOMM_CHECK=1).
     peers: the ranks' identities, as in fcomm/processes.py.
     directed: each edge has a process group. calls, name: how many calls were made, and the collective of the last.
-    asked: whether another rank has failed, while the store, whose server may be stopped, has not answered.
+    asked: the pending question whether another rank has failed, which the store, perhaps stopped, has not answered.
     sending: the sends that may still be on their way, or futures of them, with the tensors they read.
     """
 
@@ -112,7 +112,7 @@ def communicator(group: Group, device: str) -> Communicator:
 
 @contextmanager
 def calling(name: str, group: Group, device: str) -> Iterator[Communicator]:
-    """A call of a collective on the group: one at a time, refused after a failure."""
+    """The context of a collective's call on the group: one call at a time, refused after a failure."""
     on = communicator(group, device)
     # A thread that waits in recv must not hold up the one that makes the send it waits for.
     with nullcontext() if name in ("send", "recv") else on.lock:
@@ -139,7 +139,7 @@ def calling(name: str, group: Group, device: str) -> Iterator[Communicator]:
 def call(on: Communicator, start: Callable[[Any], Any], wait_apart: Callable[[Any], Future[Any]] | None = None) -> None:
     """Start a torch.distributed call and wait for it; its errors become this package's.
 
-    wait_apart: waits for what was started in another thread, where it cannot be waited for in slices.
+    wait_apart: waits in another thread, for calls that cannot be waited for in slices.
     """
     deadline = time.monotonic() + on.live.timeout_s
     work = None
@@ -151,10 +151,10 @@ def call(on: Communicator, start: Callable[[Any], Any], wait_apart: Callable[[An
         waited = work if wait_apart is None else wait_apart(work)
         while not _is_done(waited):
             try:
-                # gloo tells of the end of a message's sender, and that of another rank is none of its concern.
+                # gloo reports the end of a message's sender, and the end of another rank does not concern the message.
                 _look_around(on, deadline, on.peers if wait_apart is None else ())
             except RuntimeError:
-                # Since the look at the call another rank may have come, done its part of it, its last call, and ended.
+                # Since we last looked at the call, another rank may have come, done its part and ended.
                 if _is_done(waited):
                     return
                 raise
@@ -168,11 +168,11 @@ def call(on: Communicator, start: Callable[[Any], Any], wait_apart: Callable[[An
 
 
 def send_later(on: Communicator, x: Tensor, dst: int, tag: int) -> None:
-    """Start a send and do not wait for it; x must not be written any more."""
+    """Start a send and do not wait for it; x must not be written to any more."""
     try:
         on.sending = [(work, sent) for work, sent in on.sending if not _is_sent(work)]
         if on.directed:
-            # In its thread: until the receiver comes, even the process group is not there.
+            # In its thread: not even the process group exists until the receiver comes.
             worker = _worker(on, on.rank, dst)
             work = submit_behind(worker, x, lambda: _opened(on, on.rank, dst).send([x], 1, tag))
         else:
@@ -197,7 +197,7 @@ def _opened(on: Communicator, src: int, dst: int) -> Any:
     edge = on.edges.setdefault((src, dst), Edge())
     with edge.lock:
         if edge.pg is None:
-            # A client of its own: one that waits for a key lets no other thread through.
+            # A separate client: one that waits for a key blocks all other threads.
             own = on.store.clone()  # type: ignore[attr-defined]  # not in the stub
             store = dist.PrefixStore(f"edge/{src}-{dst}", own)
             edge.pg = _process_group(on, store, int(on.rank == dst), 2)
@@ -212,9 +212,9 @@ def _worker(on: Communicator, src: int, dst: int) -> Worker:
 
 
 def _wait_apart(on: Communicator, work: Any, x: Tensor, src: int, dst: int) -> Future[Any]:
-    """Wait for a message of gloo in the edge's thread, which keeps its tensor as long as gloo may use it.
+    """Wait for a gloo message in the edge's thread, which keeps the tensor as long as gloo may use it.
 
-    gloo breaks the connection where a wait for a message ends early, and says to nobody else that one is sent.
+    gloo breaks the connection if a wait for a message ends early, and only that wait can learn that a message was sent.
     """
     worker = _worker(on, src, dst)
     limit = _FOREVER if worker.started else timedelta(seconds=on.live.timeout_s)
@@ -246,7 +246,7 @@ def _is_done(work: Any) -> bool:
             work.wait(_SLICE)
         return True
     except RuntimeError as error:
-        # "Operation timed out!" is the slice's; gloo's own timeouts name the operation.
+        # "Operation timed out!" comes from the slice; gloo's own timeouts name the operation.
         if str(error).startswith("Operation timed out"):
             return False
         raise
@@ -275,7 +275,7 @@ def _open(group: Group, device: str) -> Communicator:
             on.pg = _answered(on, lambda: _process_group(on, on.store, on.rank, on.size))
     except RuntimeError as error:
         raise error if isinstance(error, FcommError) else _account(on, error) from error
-    except OSError as error:  # of this process alone, as a lack of descriptors
+    except OSError as error:  # a problem of this process only, such as a lack of descriptors
         _leave(on, error)
         raise BackendError(
             f"c10d: group '{group.name}' of size {on.size} cannot be opened on rank {on.rank}: {error}",
@@ -287,9 +287,9 @@ def _open(group: Group, device: str) -> Communicator:
 
 
 def _answered(on: Communicator, fn: Callable[[], T]) -> T:
-    """fn(), which asks the store again and again; it raises what it finds, unless the store does not answer."""
+    """fn(), which asks the store again and again; raises what fn raises, unless the store does not answer."""
     if on.device != "cpu":
-        return fn()  # NCCL's belongs to the thread that makes it
+        return fn()  # NCCL's process group belongs to the thread that makes it
 
     def look() -> None:
         if processes.ended(on.peers) and time.monotonic() > deadline - on.live.timeout_s + _STORE_S:
@@ -303,7 +303,7 @@ def _answered(on: Communicator, fn: Callable[[], T]) -> T:
 
 
 def _is_fake(pg: Any) -> bool:
-    """Whether it is torch's backend "fake", of one process that stands for all: results have shapes and no meaning."""
+    """Whether it is torch's "fake" backend, one process that stands for all: results have shapes but no meaning."""
     with suppress(ValueError):
         return pg is not None and dist.get_backend(pg) == "fake"
     return False
@@ -318,7 +318,7 @@ def _process_group(on: Communicator, store: dist.Store, rank: int, size: int) ->
 
 
 def _introduce(on: Communicator) -> list[str]:
-    """Every rank's identity, once all ranks are here."""
+    """Every rank's identity, once all ranks have arrived."""
     deadline = time.monotonic() + on.live.timeout_s
     on.store.set(f"member/{on.rank}", f"{processes.identity()} {int(on.check)}")
     keys = [f"member/{r}" for r in range(on.size)]
@@ -353,7 +353,7 @@ def _introduce(on: Communicator) -> list[str]:
 
 @contextmanager
 def _on_loopback(peers: Sequence[str]) -> Iterator[None]:
-    """Ranks of one host connect over the loopback interface; gloo would listen on that of the host's name."""
+    """Let ranks of one host connect over the loopback interface; gloo would use the interface of the host's name."""
     name = "GLOO_SOCKET_IFNAME"
     loopback = [i for _, i in socket.if_nameindex() if i in ("lo", "lo0")]
     if name in os.environ or not loopback or len({processes.host(who) for who in peers}) > 1:
@@ -369,7 +369,7 @@ def _on_loopback(peers: Sequence[str]) -> Iterator[None]:
 def _close(on: Communicator) -> None:
     for edge in on.edges.values():
         if edge.worker is not None:
-            edge.worker.stop()  # when its messages have been taken
+            edge.worker.stop()  # it ends when its messages have been received
     if on.failure is not None:
         return
     with suppress(RuntimeError, TimeoutError):
@@ -400,7 +400,7 @@ def _look_around(on: Communicator, deadline: float, needed: Sequence[str]) -> No
 
 
 def _leave(on: Communicator, error: BaseException) -> None:
-    """The program leaves a call in the middle, as by Ctrl-C: its next one would meet the others' rest of this one."""
+    """Break the group: the program left a call midway, by Ctrl-C, say, and its next one would meet the rest of it."""
     why = type(error).__name__ + (f": {str(error)[:200]}" if str(error) else "")
     verdict = _write(PeerDiedError, [on.rank], f"rank {on.rank} left it in the middle ({why}); look at the log there")
 
@@ -415,7 +415,7 @@ def _leave(on: Communicator, error: BaseException) -> None:
 
 
 def _account(on: Communicator, error: Exception) -> FcommError:
-    """What all ranks will say about a failed call. Bounded in time, though the store's server may be the rank lost."""
+    """What all ranks will raise for a failed call. Bounded in time, since the lost rank may be the store's server."""
     text = str(error).splitlines()[0][:200]
     timeout = "imed out" in text or "imeout" in text
     verdicts: list[str] = []
@@ -434,9 +434,9 @@ def _account(on: Communicator, error: Exception) -> FcommError:
 
 
 def _verdict_alone(on: Communicator, timeout: bool, text: str) -> str:
-    """Where the store does not answer: what the kernel of this host says of the ranks is the same on all of them."""
+    """The verdict without the store: this host's kernel says the same about the ranks to all of them."""
     unanswered = f"the store does not answer ({text})"
-    # At the deadline whoever is stopped explains it; one that has ended may be a survivor that was quicker than this.
+    # At the deadline a stopped rank explains it; one that has ended may be a survivor that was quicker than this rank.
     if timeout and (still := processes.stopped(on.peers)):
         text = f"{processes.named(still)} stopped, by a signal or a debugger; {unanswered}"
         return _write(CollectiveTimeoutError, still, text)
@@ -471,7 +471,7 @@ def _verdict(on: Communicator, timeout: bool, text: str) -> str:
 
 
 def _reports(on: Communicator) -> tuple[dict[int, str], list[int]]:
-    """{rank: the call in which it failed}, and the ranks that closed the group; all that say so within a second."""
+    """{rank: the call in which it failed}, and the ranks that closed the group, if they say so within a second."""
     failed, ranks = {on.rank: f"call {on.calls}, {on.name}"}, range(on.size)
     closed: list[int] = []
     deadline = time.monotonic() + _ACCOUNT_S
@@ -510,7 +510,7 @@ _TEXT_BYTES = 256
 
 
 def compare_calls(on: Communicator, x: Tensor, what: str) -> None:
-    """Raise MismatchError on every rank unless all are making the same call. One small all_gather."""
+    """Raise MismatchError on every rank unless all are making the same call; costs one small all_gather."""
     mine = f"call {on.calls}, {on.name}{what}".encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES)
     own = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(x.device)
     rows = list(own.new_empty(on.size, _TEXT_BYTES).unbind(0))

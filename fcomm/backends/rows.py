@@ -15,8 +15,8 @@ from fcomm.group import Group
 
 
 def elements(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The elements of x, one after the other, as dtype; a view where x is contiguous."""
-    # One element is contiguous with any stride, and a view of another width wants 1.
+    """The elements of x, one after the other, as dtype; a view if x is contiguous."""
+    # A tensor of one element is contiguous with any stride, but a view of another width needs stride 1.
     return x.contiguous().as_strided((x.numel(),), (1,)).view(dtype)
 
 
@@ -32,14 +32,14 @@ def stack_blocks(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def pad(x: Tensor, dim: int, length: int) -> Tensor:
-    """x with zeros after its end at dim, up to length; by a copy, which every dtype has."""
+    """x padded with zeros at the end of dim, up to length; by a copy, which every dtype has."""
     y = x.new_zeros((*x.shape[:dim], length, *x.shape[dim + 1 :]))
     y.narrow(dim, 0, x.shape[dim]).copy_(x)
     return y
 
 
 def pack(x: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, list[int]]:
-    """x cut along dim, block after block in one flat tensor, and the blocks' lengths in it."""
+    """x cut along dim: its blocks one after the other in a flat tensor, and their lengths in it."""
     blocks = [block.reshape(-1) for block in x.split(list(sizes), dim)]
     return torch.cat(blocks), [block.numel() for block in blocks]
 
@@ -66,12 +66,12 @@ def exchange_uneven(
 
 # --- agreement ----------------------------------------------------------------------------------------------------
 
-# said: what each rank says of its sizes, in rank order; None where it cannot be told, in a captured graph. All ranks
-# compare all of it, and raise together instead of waiting for bytes that never come.
+# said: the sizes that each rank announces, in rank order; None in a captured graph, where they cannot be read. All
+# ranks compare all of them, and raise together instead of waiting for bytes that never come.
 
 
 def mismatch(name: str, group: Group, what: str) -> MismatchError:
-    """The error of a call whose ranks differ; what they do, and what to do about it."""
+    """The error of a call in which the ranks differ: what they do, and what to do about it."""
     text = f"{name}: the ranks of group '{group.name}' {what}"
     return MismatchError(text, op=name, group=group.name, rank=group.rank)
 
@@ -85,7 +85,7 @@ def check_same(name: str, option: str, group: Group, said: Sequence[Sequence[int
 def check_blocks(name: str, group: Group, said: Sequence[Sequence[int]] | None, *, one_dim: bool) -> None:
     """Raise MismatchError unless all_to_all's sizes fit; a row of said is a rank's send_sizes and recv_sizes.
 
-    one_dim: split_dim and concat_dim are one, so the sizes are each rank's own.
+    one_dim: split_dim and concat_dim are the same, so each rank has its own sizes.
     """
     if said is None:
         return
@@ -111,20 +111,20 @@ def check_blocks(name: str, group: Group, said: Sequence[Sequence[int]] | None, 
 # --- messages -----------------------------------------------------------------------------------------------------
 
 
-# count, width, dtype, derivative, ndim, a hash of the whole shape, and as much of it as an error shows; int64.
+# count, width, dtype, derivative, ndim, a hash of the whole shape, and as much of the shape as an error shows; int64.
 _SHOWN = 16
 HEADER = 6 + _SHOWN
 
 
 def header(x: Tensor, derivative: int) -> Tensor:
-    """What goes ahead of a message, [HEADER]: what the message is, in numbers that are the same in all processes."""
+    """What precedes a message, [HEADER]: its description, in numbers that are the same in all processes."""
     return torch.tensor(_described(x, derivative), dtype=torch.int64, device=x.device)
 
 
 def _described(x: Tensor, derivative: int) -> list[int]:
     shape = tuple(x.shape)
     shown = [*shape[:_SHOWN], *[0] * (_SHOWN - len(shape))]
-    # Of ints only: the hash of a string differs among processes.
+    # Only ints are hashed: the hash of a string differs among processes.
     return [x.numel(), x.element_size(), CODES[x.dtype], derivative, len(shape), hash(shape), *shown]
 
 
@@ -134,7 +134,7 @@ def nbytes(said: Sequence[int]) -> int:
 
 
 def misfit(group: Group, src: int, said: Sequence[int], like: Tensor, derivative: int) -> MismatchError | None:
-    """The error of a message whose header is not like's; None if it is."""
+    """The error of a message whose header differs from that of like; None if it does not."""
     own = _described(like, derivative)
     if list(said) == own:
         return None
@@ -159,7 +159,7 @@ BOTH_OR_NONE = (
 
 
 def kind(derivative: int) -> str:
-    """What a message of send is, in words."""
+    """What kind of message send has sent, in words."""
     return {0: "a message of send", 1: "the cotangent of a recv", 2: "the tangent of a send"}.get(
         derivative, "a derivative of higher order"
     )

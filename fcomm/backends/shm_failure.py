@@ -1,7 +1,7 @@
-"""What a status of the shared-memory engine means, in words: who is to blame, what each rank asked for, what to do.
+"""What a status of the shared-memory engine means, in words: the culprit, what each rank asked for, what to do.
 
 The first rank that notices a failure writes it down in shared memory, and every rank reports what is written there; so
-all of them name the same culprit, also those that saw a survivor exit first.
+all of them name the same culprit, even those that saw a survivor exit first.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from fcomm.group import Group
 DIED, LEFT, TIMEOUT, MISMATCH, INTERRUPTED, POISONED, CLOSED, FORKED, INVALID, SYSTEM = range(1, 11)
 
 _UNUSABLE = "the group is unusable now; fcomm.close it on every rank and create it again"
-# How long ranks wait for each other's descriptions of a call in which they differ. One that was in it describes itself
-# within milliseconds, one that is late when it comes; both count, or the majority would be another. One that was killed
-# never will.
+# How long ranks wait for each other's descriptions of a call in which they differ. A rank in the call describes it
+# within milliseconds, a late rank when it arrives; both must count, or the majority would be a different one. A rank
+# that was killed never will.
 _PATIENCE_S = 1.0
 
 
 def failure(status: int, op: str, group: Group, native: Any, comm: Any, asked: str) -> FcommError:
-    """The error of a call that returned status; asked is the call, for the other ranks to quote."""
+    """The error of a call that returned status; asked describes the call, so that other ranks can quote it."""
     about: dict[str, Any] = {"op": op, "group": group.name, "rank": group.rank}
     here = f"{op}: [rank {group.rank} of {group.size}, group '{group.name}']"
     if status == CLOSED:

@@ -1,14 +1,15 @@
-"""Opening the engine's shared memory: how ranks of one host come to hold one nameless region, and each other's lives.
+"""Opening the engine's shared memory: how ranks of one host get hold of one nameless region, and of each other's lives.
 
 Rank 0 makes the region, a sealed memfd, and waits on an abstract UNIX socket. Each other rank connects and passes a
 descriptor of its own life (a pidfd); rank 0 passes back the region and the lives of all. Nothing has a name in a file
-system, so nothing is left behind, whoever is killed when. The group's store carries fixed-size bytes, but for an error:
+system, so nothing is left behind, whichever rank is killed at whatever time. The group's store carries fixed-size
+bytes, except for an error:
 
-    claim/<rank>   every rank: can it run the engine, and which host is it on
+    claim/<rank>   every rank: whether it can run the engine, and which host it is on
     failed         the first error that a rank finds, which all raise
     address        rank 0: the socket's random name, and the nonce that the region must show
 
-A peer must be of our own user (SO_PEERCRED), and one that does not say the nonce first is turned away.
+A peer must belong to our own user (SO_PEERCRED), and one that does not first send the nonce is turned away.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ _HELLO = struct.Struct("!QI4x")  # nonce, rank
 _FDS_PER_MESSAGE = 250  # the kernel takes 253
 _READY, _FAILED = b"+", b"-"
 _FAILED_KEY = "cpu/failed"
-_FIRST_S = 2.0  # how long a rank that fails asks the store whether another was first
-# A rank says who it is as soon as it has connected, but may get no core for seconds, and does not connect twice. A
-# stranger that says nothing, and can only be a process of our own user, holds the opening up for as long.
+_FIRST_S = 2.0  # how long a rank that fails asks the store whether another one failed first
+# A rank says which one it is as soon as it has connected, but may get no core for seconds, and does not connect twice.
+# A stranger that says nothing holds the opening up for this long; it can only be a process of our own user.
 _HELLO_S = 30.0
-_SLICE_S = 0.2  # how often a rank that waits looks whether another has ended
+_SLICE_S = 0.2  # how often a waiting rank checks whether another one has ended
 
 
 def host_identity() -> bytes:
-    """Equal for two processes that can share memory: of one host, as in processes.py, and of one user."""
+    """Equal for two processes that can share memory: those of one host, as in processes.py, and of one user."""
     return hashlib.sha256(repr((processes.host(processes.identity()), os.geteuid())).encode()).digest()
 
 
 def why_not_shared(owner: Live, abi: int) -> str | None:
-    """Every rank tells whether it has the engine and where it runs; None if all can share memory, the reason if not."""
+    """Tell the others whether this rank has the engine and where it runs; None if all can share memory, else why."""
     if owner.group.size > MAX_RANKS:
         return f"its {owner.group.size} ranks are more than the {MAX_RANKS} that share memory"
     with _agreed(owner):
@@ -78,9 +79,9 @@ def _why_not_shared(owner: Live, abi: int) -> str | None:
 
 
 def open_region(owner: Live, native: Any, first_round: int = 0) -> Any:
-    """The engine's communicator of this rank. Raises RendezvousError, or PeerDiedError where a rank ends meanwhile."""
+    """This rank's communicator in the engine. Raises RendezvousError, or PeerDiedError if a rank ends meanwhile."""
     deadline = time.monotonic() + owner.timeout_s
-    # In this order: a rank that fails says why before its sockets close.
+    # In this order, so that a rank that fails says why before its sockets close.
     with contextlib.ExitStack() as opened, _agreed(owner):
         life = opened.enter_context(_descriptor(_own_life()))
         if owner.group.rank == 0:
@@ -108,7 +109,7 @@ def _serve(owner: Live, native: Any, first_round: int, life: int, deadline: floa
             hello, fds = _receive(connection, _HELLO.size, 1, min(deadline, time.monotonic() + _HELLO_S))
         except (OSError, EOFError) as error:
             _raise_if_ours(error)
-            continue  # a stranger, or a rank that died: the deadline names who is missing
+            continue  # a stranger, or a rank that died: the deadline's error names the missing ranks
         theirs, rank = _HELLO.unpack(hello)
         if theirs != nonce or rank not in missing or len(fds) != 1:
             for fd in fds:
@@ -162,7 +163,7 @@ def _join(owner: Live, native: Any, life: int, deadline: float, opened: contextl
 
 
 def _map(owner: Live, native: Any, region: int, lives: Sequence[int], nonce: int) -> tuple[Any, str]:
-    """The communicator, or None and the text of the error. It gets, and closes, descriptors of its own."""
+    """The communicator, or None and the text of the error. The engine gets its own descriptors and closes them."""
     group = owner.group
     owned = [os.dup(fd) for fd in (region, *lives)]
     try:
@@ -188,12 +189,12 @@ def _unmapped(owner: Live, failed: dict[int, str]) -> RendezvousError:
 
 
 def _own_life() -> int:
-    """A descriptor that becomes readable when this process ends; whoever holds it need not see our process id."""
+    """A descriptor that becomes readable when this process ends; its holder need not be able to see our process id."""
     try:
         return os.pidfd_open(os.getpid())
     except OSError:
-        # An old kernel, or a filter that refuses the call. The end that we never close hangs up with us, though only
-        # when our forked children are gone too.
+        # An old kernel, or a filter that refuses the call. The end of the pipe that we never close hangs up when we
+        # end, though only once our forked children are gone too.
         theirs, _ = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         return theirs
 
@@ -214,12 +215,12 @@ def _abstract(name: bytes) -> bytes:
 
 
 def _connect(connection: socket.socket, address: bytes, deadline: float) -> None:
-    """TimeoutError if the socket takes nobody before the deadline."""
+    """Connect; raises TimeoutError if the socket accepts nobody before the deadline."""
     connection.setblocking(False)
     while True:
         try:
             return connection.connect(address)
-        except BlockingIOError:  # others wait to be accepted, as many as the socket lets; it promises us no place
+        except BlockingIOError:  # the queue of those to be accepted is full, and the socket reserves us no place
             if time.monotonic() > deadline:
                 raise TimeoutError from None
             time.sleep(0.001)
@@ -246,19 +247,19 @@ def _absent(owner: Live, missing: Sequence[int]) -> RendezvousError:
 
 @contextlib.contextmanager
 def _peer(owner: Live, rank: int) -> Iterator[None]:
-    """Errors on the socket to rank: it ended, or did not answer in time."""
+    """Turn errors on the socket to rank into ours: it ended, or did not answer in time."""
     try:
         yield
     except TimeoutError as error:
         raise _absent(owner, [rank]) from error
     except (OSError, EOFError) as error:
         _raise_if_ours(error)
-        # One that gave up because another had ended closes its socket, too.
+        # A rank that gave up because another had ended closes its socket too.
         raise _died(owner, processes.ended(owner.identities) or [rank]) from error
 
 
 def _raise_if_ours(error: BaseException) -> None:
-    """Raise what no peer is to blame for."""
+    """Raise the error if no peer caused it."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
         raise error
 
@@ -273,12 +274,12 @@ def _look_around(owner: Live, deadline: float) -> None:
     """Raise if a rank has ended, or has reported an error."""
     _look_for_the_dead(owner)
     if _has(owner, _FAILED_KEY, deadline):
-        raise FcommError("another rank failed")  # _agreed says how
+        raise FcommError("another rank failed")  # _agreed finds out how
 
 
 @contextlib.contextmanager
 def _agreed(owner: Live) -> Iterator[None]:
-    """All ranks raise the first error that one of them finds, and none waits for a rank that has given up."""
+    """Make all ranks raise the first error that one of them finds, and none wait for a rank that has given up."""
     group = owner.group
     try:
         yield
@@ -290,7 +291,7 @@ def _agreed(owner: Live) -> Iterator[None]:
 
 
 def _first(owner: Live, error: FcommError) -> FcommError:
-    """The error that stands, which is this one where no rank was faster, or the store has gone."""
+    """The error that all ranks raise: this one, if no rank was faster or the store has gone."""
     said = "\n".join((type(error).__name__, " ".join(map(str, error.culprits)), str(error)))
     limit_s = _SLICE_S if owner.silent else _FIRST_S
     try:
@@ -317,7 +318,7 @@ def _peer_uid(connection: socket.socket) -> int:
 
 
 def _receive(connection: socket.socket, nbytes: int, fds: int, deadline: float) -> tuple[bytes, list[int]]:
-    """Exactly nbytes, and the descriptors that came with them. EOFError where the peer ended."""
+    """Exactly nbytes, and the descriptors that came with them. Raises EOFError if the peer ended."""
     data = b""
     received: list[int] = []
     while len(data) < nbytes:
@@ -341,7 +342,7 @@ def _recv_fds(connection: socket.socket, nbytes: int, fds: int) -> tuple[bytes, 
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             found.frombytes(content[: len(content) - len(content) % found.itemsize])
-    if flags & socket.MSG_CTRUNC and len(found) < fds:  # there was room for them, but no number
+    if flags & socket.MSG_CTRUNC and len(found) < fds:  # there was room for them, but this process has too many open
         for fd in found:
             os.close(fd)
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -367,7 +368,7 @@ def _receive_fds(connection: socket.socket, count: int, deadline: float) -> list
 
 
 def _ask(owner: Live, call: Callable[[dist.Store], T], deadline: float) -> T:
-    """call(store). Its errors are that the process that serves it, often a rank, has ended, or does not answer."""
+    """call(store). It fails if the process that serves the store, often a rank, has ended or does not answer."""
     group = owner.group
     try:
         return owner.ask(call, max(0.0, deadline - time.monotonic()), lambda: _look_for_the_dead(owner))

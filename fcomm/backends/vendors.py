@@ -1,4 +1,4 @@
-"""The handles fcomm.nccl and fcomm.hccl. Their tables are read at the first call: import fcomm has no time for them."""
+"""The handles fcomm.nccl and fcomm.hccl. Their tables are loaded at the first call, to keep `import fcomm` fast."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Worker:
         return future
 
     def stop(self) -> None:
-        """Let the thread end after what it was given."""
+        """Let the thread end after the calls it was given."""
         self.tasks.put(None)
 
 
@@ -43,7 +43,7 @@ def _do(fn: Callable[[], Any], future: Future[Any]) -> None:
 
 
 def started(thread: threading.Thread) -> bool:
-    """Start it; False where that cannot be: CPython 3.12 starts no thread while it exits."""
+    """Start the thread; False if that is impossible: CPython 3.12 starts no thread while it exits."""
     try:
         thread.start()
     except RuntimeError as error:
@@ -54,11 +54,11 @@ def started(thread: threading.Thread) -> bool:
 
 
 def start_worker() -> Worker:
-    """A worker; without a thread at the exit of the process, where groups close: there the caller makes the calls."""
+    """A worker. At the exit of the process, where groups close, it has no thread: the caller makes the calls."""
     worker = Worker()
 
     def work() -> None:
-        # The mode is each thread's own; outside it, a copy into the caller's inference tensor is refused.
+        # Each thread has its own mode; outside it, torch refuses a copy into the caller's inference tensor.
         with torch.inference_mode():
             while (task := worker.tasks.get()) is not None:
                 _do(*task)
@@ -69,10 +69,10 @@ def start_worker() -> Worker:
 
 
 def apart(fn: Callable[[], T]) -> Future[T]:
-    """fn() in a thread of its own; in the caller's where none can be started."""
+    """fn() in a thread of its own, or in the caller's if none can be started."""
     try:
         worker = start_worker()
-    except RuntimeError:  # a limit of memory or of threads
+    except RuntimeError:  # a limit on memory or threads
         worker = Worker()
     future = worker.submit(fn)
     worker.stop()
@@ -80,7 +80,7 @@ def apart(fn: Callable[[], T]) -> Future[T]:
 
 
 def submit_behind(worker: Worker, x: Tensor, fn: Callable[[], T]) -> Future[T]:
-    """Have the worker run fn, which reads x, on a stream of its own: after what the current stream has done so far."""
+    """Have the worker run fn, which reads x, on a stream of its own, after what the current stream has so far."""
     if x.device.type == "cpu":
         return worker.submit(fn)
     module = torch.get_device_module(x.device)
