@@ -289,7 +289,7 @@ def _close(on: Team) -> None:
 
 
 def _end_calls(on: Team) -> bool:
-    """Give other threads a moment to finish a call, or to open the group; then end the call. Return whether one was ended."""
+    """Give other threads a moment to finish a call or to open the group, then end their call; whether one was ended."""
     until = time.monotonic() + _GRACE_S
     for channel in on.channels():
         if channel is not on.main and channel.members[1] != on.rank:

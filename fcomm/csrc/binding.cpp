@@ -1,9 +1,9 @@
-// The Python module fcomm._native: the C interface of fcomm.h, function by function, and nothing of torch.
+// The Python module fcomm._native: the C interface of fcomm.h, function by function, without torch.
 //
 // A call through ctypes costs a microsecond, more than a small collective itself; METH_FASTCALL costs a tenth of that.
-// Arguments come in the order of fcomm.h and are converted by its types: pointers are ints (Tensor.data_ptr), blocks are
-// (rows, width) or (rows, (width, ...)), a signature is (dtype, shape), a communicator is a capsule. The result is the
-// status. The limited API is used throughout: one build serves every Python from 3.11 on.
+// Arguments come in the order of fcomm.h and are converted according to its types: pointers are ints (Tensor.data_ptr),
+// blocks are (rows, width) or (rows, (width, ...)), a signature is (dtype, shape), a communicator is a capsule. The
+// result is the status. The limited API is used throughout: one build serves every Python from 3.11 on.
 #include <Python.h>
 
 #include <algorithm>
@@ -22,8 +22,8 @@ constexpr char kComm[] = "fcomm_comm";
 
 // --- arguments ---------------------------------------------------------------------------------------------------
 
-// One converter for each type in fcomm.h; it holds what the converted value points to. Errors are left in Python's
-// error indicator and looked at once, when all arguments are converted.
+// One converter for each type in fcomm.h; it holds what the converted value points to. Errors stay in Python's error
+// indicator, which is checked once, after all arguments are converted.
 template <class T>
 struct Argument;
 
@@ -34,7 +34,7 @@ struct Argument<int> {
 };
 
 template <>
-struct Argument<size_t> {  // uint64_t too: a tag, which may come as any int
+struct Argument<size_t> {  // also uint64_t: a tag, which may be any int
   size_t value;
   explicit Argument(PyObject *o) : value(size_t(PyLong_AsUnsignedLongLongMask(o))) {}
 };
@@ -101,7 +101,7 @@ bool has_count(Py_ssize_t got, std::size_t expected) {
   return false;
 }
 
-// What a Python signal handler raised while the call waited goes before any status.
+// An exception that a Python signal handler raised while the call waited takes precedence over any status.
 PyObject *status_object(long status) { return PyErr_Occurred() ? nullptr : PyLong_FromLong(status); }
 
 template <auto function>
@@ -115,7 +115,7 @@ struct Call<function> {
 
   template <std::size_t... I>
   static PyObject *with(PyObject *const *args, std::index_sequence<I...>) {
-    std::tuple<Argument<A>...> converted(args[I]...);  // each made in its place: it may point into itself
+    std::tuple<Argument<A>...> converted(args[I]...);  // each is constructed in place: it may point into itself
     if (PyErr_Occurred()) return nullptr;
     Result result;
     Py_BEGIN_ALLOW_THREADS
@@ -127,7 +127,7 @@ struct Call<function> {
 
 // --- opening and failing -----------------------------------------------------------------------------------------
 
-// Called a few times a second by a call that waits, without the GIL: Ctrl-C is seen here.
+// Called a few times a second by a waiting call, without the GIL: this is where Ctrl-C is noticed.
 int interrupted() {
   const PyGILState_STATE state = PyGILState_Ensure();
   const int raised = PyErr_CheckSignals();
@@ -141,7 +141,7 @@ PyObject *failed(fcomm_status s) {
 }
 
 void free_comm(PyObject *capsule) {
-  PyObject *type, *value, *traceback;  // of what may be on its way while objects die
+  PyObject *type, *value, *traceback;  // of an exception that may be propagating while objects are destroyed
   PyErr_Fetch(&type, &value, &traceback);
   if (auto *comm = static_cast<fcomm_comm *>(PyCapsule_GetPointer(capsule, kComm))) fcomm_free(comm);
   if (PyErr_Occurred()) PyErr_WriteUnraisable(capsule);  // Ctrl-C while it closed
@@ -167,7 +167,7 @@ PyObject *open(PyObject *, PyObject *args) {
   if (PyErr_Occurred() || !has_count(PyTuple_Size(life), std::size_t(size))) return nullptr;
   fcomm_comm *comm = nullptr;
   fcomm_status s;
-  Py_BEGIN_ALLOW_THREADS  // it touches every page of this rank's slots
+  Py_BEGIN_ALLOW_THREADS  // it touches every page of this rank's slots, which takes time
   s = fcomm_open(fd, rank, size, fds.data(), nonce, timeout_s, &comm);
   Py_END_ALLOW_THREADS
   if (s) return failed(s);
@@ -228,14 +228,14 @@ PyObject *description(PyObject *, PyObject *args) {
   Py_BEGIN_ALLOW_THREADS
   found = fcomm_description(comm.value, rank, wait_s, text.data(), text.size());
   Py_END_ALLOW_THREADS
-  // Not trusted to be text at all: a peer wrote it.
+  // A peer wrote it, so it may not be text at all.
   return found ? PyUnicode_DecodeUTF8(text.data(), Py_ssize_t(std::strlen(text.data())), "replace")
                : PyUnicode_FromString("");
 }
 
 // --- outputs from the pool ---------------------------------------------------------------------------------------
 
-// DLPack's version 0 structures (dlpack.h), the one way to give torch memory with a deleter without torch's headers.
+// DLPack's version 0 structures (dlpack.h), the only way to give torch memory with a deleter without torch's headers.
 struct DlTensor {
   void *data;
   struct { int32_t type, id; } device;  // type 1 is the CPU
@@ -255,18 +255,18 @@ struct Output : DlManagedTensor {
   int64_t dims[FCOMM_MAX_DIMS];
 };
 
-// Called when the last tensor that shares the storage dies, on whatever thread, without the GIL.
+// Called when the last tensor that shares the storage dies, on any thread, without the GIL.
 void give_back(DlManagedTensor *output) {
   fcomm_pool_return(output->tensor.data);
   std::free(static_cast<Output *>(output));
 }
 
-void discard(PyObject *capsule) {  // renamed by torch when it takes the memory over
+void discard(PyObject *capsule) {  // torch renames it when it takes over the memory
   if (PyCapsule_IsValid(capsule, "dltensor"))
     give_back(static_cast<DlManagedTensor *>(PyCapsule_GetPointer(capsule, "dltensor")));
 }
 
-// pool_take(nbytes, kind, bits, shape) -> a DLPack capsule of that shape, of elements of so many bits and DLPack's kind.
+// pool_take(nbytes, kind, bits, shape) -> a DLPack capsule of that shape, whose elements have that kind and bits.
 PyObject *pool_take(PyObject *, PyObject *const *args, Py_ssize_t n) {
   if (!has_count(n, 4)) return nullptr;
   const Argument<size_t> nbytes(args[0]);

@@ -17,7 +17,7 @@ struct Block {
 };
 
 inline Block contiguous(const void *base, std::size_t nbytes) {
-  // One type for both directions; nothing is written through the ones that stand for inputs.
+  // One type serves both directions; nothing is written through blocks of inputs.
   return {static_cast<char *>(const_cast<void *>(base)), 1, nbytes, nbytes};
 }
 
@@ -70,7 +70,7 @@ class Blocks {
   std::size_t most() const { return most_; }    // bytes of the largest block
   std::size_t total() const { return total_; }  // bytes of all
   bool contiguous() const { return row_ == std::size_t(-1); }
-  std::size_t row() const { return row_; }      // bytes of the shortest piece, no limit if each is in one
+  std::size_t row() const { return row_; }      // bytes of the shortest piece, no limit if all are contiguous
 
  private:
   Block at_[FCOMM_MAX_RANKS];

@@ -1,5 +1,5 @@
-// Opening, waiting, failing and closing. What a failure is: the first rank that sees one writes the poison word, and
-// everybody reports what the word says, so all survivors name the same culprit.
+// Opening, waiting, failing and closing. The first rank that sees a failure writes the poison word, and all ranks
+// report what the word says, so all survivors name the same culprit.
 #include "comm.h"
 
 #include "blocks.h"
@@ -31,7 +31,7 @@ namespace fcomm {
 namespace {
 
 constexpr int kMostSpins = 2000;  // about 50 us
-// How long a thread may still wait in a call when another one closes the group: at the exit of the process, say.
+// How long a thread may stay in a call after another one closes the group, for example at the exit of the process.
 constexpr std::int64_t kCloseGrace = 1'000'000'000;
 
 std::atomic<unsigned> fork_generation{0};
@@ -44,7 +44,7 @@ void count_forks() {
 
 void sleep_on(Flag &word, std::uint32_t while_equal, std::int64_t ns) {
   timespec t{time_t(ns / 1'000'000'000), long(ns % 1'000'000'000)};
-  // Shared, not FUTEX_PRIVATE: the waker is another process. EINTR and EAGAIN are as good as a wake-up: the caller looks.
+  // Shared, not FUTEX_PRIVATE: the waker is another process. EINTR and EAGAIN count as a wake-up: the caller checks.
   syscall(SYS_futex, reinterpret_cast<std::uint32_t *>(&word), FUTEX_WAIT, while_equal, &t, nullptr, 0);
 }
 
@@ -58,7 +58,7 @@ fcomm_status observe(fcomm_comm &c, std::uint64_t word) {
   return fcomm_status(c.failure.reason);
 }
 
-// Ranks this process may run at once: more than that, and spinning only delays the one waited for.
+// How many ranks can run at once here: with more, spinning only delays the awaited one.
 int allowed_cores() {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set)) return 1;
@@ -72,16 +72,17 @@ int allowed_cores() {
   return cores;
 }
 
-// A dead or departed rank that will never publish what is waited for. Its last act may have been to publish: look again.
+// Finds a dead or departed rank that will never publish what is awaited. Its last act may have been to publish, so look
+// at the flag again.
 fcomm_status look_for_the_dead(fcomm_comm &c, int peer, const Flag &word, std::uint32_t target, Among among,
                                std::uint32_t round) {
   pollfd fds[FCOMM_MAX_RANKS];
   for (int p = 0; p < c.size; ++p) fds[p] = {p == c.rank ? -1 : c.life[std::size_t(p)], POLLIN, 0};
-  if (poll(fds, nfds_t(c.size), 0) < 0) return FCOMM_OK;  // EINTR: look next time
+  if (poll(fds, nfds_t(c.size), 0) < 0) return FCOMM_OK;  // EINTR: check next time
   for (int p = 0; p < c.size; ++p) {
     if (p == c.rank) continue;
     const bool dead = fds[p].revents & (POLLIN | POLLHUP | POLLERR);
-    // Between two, what the peer still hands out while it leaves is as good as ever.
+    // Between two ranks, what the peer still delivers while it leaves is valid.
     const bool left = c.control(p).left.load(std::memory_order_acquire) >= (among == Among::kAll ? kLeaving : kGone);
     if (!dead && !left) continue;
     const bool missing = among == Among::kAll ? !reached(c.control(p).round.load(std::memory_order_acquire), target)
@@ -91,7 +92,7 @@ fcomm_status look_for_the_dead(fcomm_comm &c, int peer, const Flag &word, std::u
   return FCOMM_OK;
 }
 
-// The first of the missing; behind() tells of the others.
+// Blames the first missing rank; behind() finds the others.
 fcomm_status deadline(fcomm_comm &c, int peer, std::uint32_t round, Among among) {
   int culprit = peer;
   for (int p = c.size - 1; among == Among::kAll && p >= 0; --p)
@@ -99,8 +100,8 @@ fcomm_status deadline(fcomm_comm &c, int peer, std::uint32_t round, Among among)
   return poison(c, FCOMM_TIMEOUT, culprit, round);
 }
 
-// Yields that nobody takes up are as good as spinning and cost nobody anything; those that somebody takes up say that
-// the core is shared, perhaps with the very peer that is waited for: then spinning is waste. So we learn how long to spin.
+// A yield after which no other thread runs is as good as spinning and costs nobody anything. If another thread runs,
+// the core is shared, perhaps with the very peer that is awaited, and spinning is waste. So we learn how long to spin.
 bool yield_awhile(fcomm_comm &c, const Flag &word, std::uint32_t target) {
   constexpr std::int64_t kAwake = 1'000'000, kTaken = 4'000;
   constexpr int kYields = 20;
@@ -133,9 +134,9 @@ fcomm_status wait_slowly(fcomm_comm &c, int peer, Flag &word, Flag &waiters, std
     if (const std::int64_t asked = c.closing.load(); asked && now_ns() - asked > kCloseGrace) return FCOMM_CLOSED;
     const std::int64_t left = start + c.timeout_ns - now_ns();
     if (left <= 0) return deadline(c, peer, round, among);
-    // Announce, then sleep if the kernel still sees the old value; the peer publishes, then looks for sleepers. All
-    // sequentially consistent: one of the two sees the other. (The wake-up of a poison word may fall between our looking
-    // at it and the sleep, and is then made up for by the slice's end.)
+    // Announce, then sleep if the kernel still sees the old value; the peer publishes, then looks for sleepers.
+    // Everything is sequentially consistent, so one of the two sees the other. (The wake-up for a poison word may fall
+    // between our check of it and the sleep; we then see it at the end of the slice.)
     waiters.fetch_add(1, std::memory_order_seq_cst);
     const std::uint32_t seen = word.load(std::memory_order_seq_cst);
     if (!reached(seen, target) && !c.header().poison.load(std::memory_order_acquire))
@@ -157,11 +158,11 @@ std::uint32_t publish(fcomm_comm &c) {
   return c.round;
 }
 
-// The odd one out; on a tie the higher rank, which both sides' messages then explain. Waits a moment for late ranks, so
-// that all have a vote, and not longer: who is late may not come at all.
+// The odd one out; on a tie the higher rank, which both sides' messages then explain. It waits a moment for late ranks,
+// so that all have a vote, but no longer: a late rank may never come.
 int minority(const fcomm_comm &c, std::uint32_t round) {
 #ifdef FCOMM_TESTING
-  constexpr std::int64_t kPatience = 5'000'000'000;  // there all do come, but may get no core for a while
+  constexpr std::int64_t kPatience = 5'000'000'000;  // in tests all do come, but may get no core for a while
 #else
   constexpr std::int64_t kPatience = 20'000'000;
 #endif
@@ -182,7 +183,7 @@ int minority(const fcomm_comm &c, std::uint32_t round) {
   return culprit;
 }
 
-// Sends what is still in line to whoever goes on receiving, for as long as the deadline and Ctrl-C allow.
+// Delivers queued messages to ranks that still receive, for as long as the deadline and Ctrl-C allow.
 void hand_out(fcomm_comm &c) {
   constexpr int kNapsPerLook = 100;
   const std::int64_t start = now_ns();
@@ -223,7 +224,7 @@ std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
 }
 
 bool past_caches(const fcomm_comm &c, std::size_t touched) {
-  // Not what sysconf tells of the last level: virtual machines report all sockets' together (320 MB seen for 32).
+  // Not sysconf's value for the last level: virtual machines report all sockets together (320 MB instead of 32).
   constexpr std::size_t kLastLevel = 32 << 20;
   return touched >= kLastLevel / std::size_t(c.size);
 }
@@ -284,7 +285,7 @@ void fault(const fcomm_comm &c, const char *point) {
 #endif
 
 Call::Call(fcomm_comm *c) : status(FCOMM_OK) {
-  // Before the lock: a thread of the parent may have held it when this process was forked.
+  // Checked before the lock: a thread of the parent may have held it when this process was forked.
   if (c->fork_generation != fork_generation.load(std::memory_order_relaxed)) {
     status = FCOMM_FORKED;
     return;
@@ -332,7 +333,7 @@ size_t fcomm_region_bytes(int size) { return Layout{size}.bytes(); }
 fcomm_status fcomm_format(int fd, int size, uint64_t nonce, uint32_t first_round) {
   if (size < 2 || size > FCOMM_MAX_RANKS) return FCOMM_INVALID;
   const Layout layout{size};
-  // Sealed, so that no peer can shrink it under us: reading a page that went away is a SIGBUS.
+  // Sealed, so that no peer can shrink it while we use it: reading a page that has gone is a SIGBUS.
   if (ftruncate(fd, off_t(layout.bytes())) || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
     return FCOMM_SYSTEM;
   void *base = mmap(nullptr, layout.slots(), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -364,9 +365,9 @@ fcomm_status fcomm_attach(void *region, int rank, int size, const int *life_fds,
   c->pending.resize(std::size_t(size));
   c->ring_ready.resize(std::size_t(size));
   const bool crowded = size > allowed_cores();
-  c->spins = crowded ? 0 : kMostSpins;  // to start with
-  // Touch our own slots now: a lack of memory is an error here and a SIGBUS later, and on a machine with several
-  // memory nodes the pages come to lie where their writer runs.
+  c->spins = crowded ? 0 : kMostSpins;  // initially
+  // Touch our own slots now: a lack of memory is an error here but a SIGBUS later, and on a machine with several memory
+  // nodes the pages are placed where their writer runs.
   char *own = c->base + layout.slots() + std::size_t(rank) * kSlotsBytes;
   if (madvise(own, kSlotsBytes, MADV_POPULATE_WRITE) && errno != EINVAL) return FCOMM_SYSTEM;
   c->control(rank).pid = getpid();
@@ -407,7 +408,7 @@ fcomm_status fcomm_close(fcomm_comm *comm) {
   delist(c);
   c.closed = true;
   c.control(c.rank).left.store(kGone, std::memory_order_release);
-  wake(c.control(c.rank).round);  // sleepers look around and find us gone
+  wake(c.control(c.rank).round);  // sleepers check, and find us gone
   for (int p = 0; p < c.size; ++p)
     if (p != c.rank) wake(c.ring(c.rank, p).head);
   for (const int fd : c.life)
@@ -418,7 +419,7 @@ fcomm_status fcomm_close(fcomm_comm *comm) {
 }
 
 void fcomm_free(fcomm_comm *comm) {
-  if (fcomm_close(comm) == FCOMM_OK) delete comm;  // in a forked child the lock may be held for ever: leave it
+  if (fcomm_close(comm) == FCOMM_OK) delete comm;  // in a forked child the lock may be held for ever: leak it
 }
 
 fcomm_failure fcomm_last_failure(const fcomm_comm *comm) {
@@ -435,7 +436,7 @@ void fcomm_describe(fcomm_comm *comm, const char *text) {
   const std::unique_lock lock(comm->mutex);
   if (comm->closed) return;
   Control &me = comm->control(comm->rank);
-  if (me.described.load()) return;  // once: the first failure is the one that counts
+  if (me.described.load()) return;  // only once: the first failure counts
   std::strncpy(me.description, text, sizeof me.description - 1);
   me.described.store(1, std::memory_order_release);
 }

@@ -12,15 +12,15 @@ namespace fcomm {
 namespace {
 
 constexpr int kSegments = 64;
-// The most of one system call: a peer's failure is looked for in between.
+// The most that one system call moves: between calls we check whether a peer has failed.
 constexpr std::size_t kMostBytes = 1 << 20;
-// What a rank offers whose result nobody writes to, and what rank 0 offers if the call is to go through slots, in two
-// phases or in one; all others are addresses, or 0 for none.
+// What a rank offers if nobody writes to its result, and what rank 0 offers if the call is to go through slots, in two
+// phases or in one. All other values are addresses, or 0 for none.
 constexpr std::uint64_t kNothing = 1, kThroughSlots = 2, kInOnePhase = 3;
 
 iovec segment(char *at, std::size_t nbytes) { return {at, nbytes}; }
 
-// Bytes [at, at + nbytes) of a block as segments; how many bytes those that there was room for hold.
+// Bytes [at, at + nbytes) of a block as segments; returns how many bytes the segments that fit hold.
 std::size_t segments(const Block &block, std::size_t at, std::size_t nbytes, iovec *to, int &n) {
   if (block.contiguous()) {
     to[0] = segment(block.base + at, nbytes), n = 1;
@@ -41,18 +41,18 @@ std::uint64_t offered(const fcomm_comm &c, int p, std::uint32_t round) { return 
 
 std::uint64_t greeting(const fcomm_comm &c, int rank) { return mix(c.header().nonce, std::uint64_t(rank)); }
 
-// May we read and write the memory of the process that calls itself rank p, and is it that rank? A process id means
-// another process in another namespace.
+// Whether we may read and write the memory of the process that calls itself rank p, and whether it is that rank: in
+// another namespace, a process id means another process.
 bool knows(const fcomm_comm &c, int p, std::uint64_t address) {
   const pid_t pid = c.control(p).pid;
   std::uint64_t word = 0;
   const iovec here = segment(reinterpret_cast<char *>(&word), sizeof word);
   const iovec there = segment(reinterpret_cast<char *>(address), sizeof word), nowhere = segment(nullptr, sizeof word);
   if (process_vm_readv(pid, &here, 1, &there, 1, 0) != sizeof word || word != greeting(c, p)) return false;
-  return process_vm_writev(pid, &here, 1, &nowhere, 1, 0) < 0 && errno == EFAULT;  // allowed, were there memory
+  return process_vm_writev(pid, &here, 1, &nowhere, 1, 0) < 0 && errno == EFAULT;  // permitted, if there were memory
 }
 
-// FCOMM_TEST_DIRECT: "always", whatever a message's size and wherever its result lies, or the rank that refuses.
+// FCOMM_TEST_DIRECT: "always" (whatever a message's size and wherever its result lies), or the rank that refuses.
 [[maybe_unused]] const char *test_direct() { return std::getenv("FCOMM_TEST_DIRECT"); }
 
 bool always() {
@@ -74,7 +74,7 @@ bool refused([[maybe_unused]] const fcomm_comm &c) {
 }  // namespace
 
 bool Direct::pays(std::size_t nbytes, std::size_t row_bytes) {
-  // Below, a slot is as fast; and each row is a segment of its own, whose pages the kernel looks up.
+  // Below these a slot is as fast: each row is a segment of its own, whose pages the kernel must look up.
   constexpr std::size_t kLeast = 32 << 10, kLeastRow = 16 << 10;
   return always() || (nbytes >= kLeast && row_bytes >= kLeastRow);
 }
@@ -135,10 +135,10 @@ fcomm_status Direct::write(int p, const Block &here, const Block &from) {
     std::size_t n = std::min(kMostBytes, from.nbytes() - at);
     n = segments(from, at, n, local, locals);
     n = segments(to, at, n, remote, remotes);
-    segments(from, at, n, local, locals);  // again, for those that ran out of room first decide
+    segments(from, at, n, local, locals);  // again: the side that ran out of room first decides
     const ssize_t written = process_vm_writev(c.control(p).pid, local, locals, remote, remotes, 0);
     if (written <= 0) {
-      // A peer that gave up has said so before it took its block away.
+      // A peer that gave up said so before it took its block away.
       if (const fcomm_status s = look_for_poison(c)) return s;
       return poison(c, errno == ESRCH ? FCOMM_DIED : FCOMM_SYSTEM, p, c.round);
     }
@@ -149,7 +149,7 @@ fcomm_status Direct::write(int p, const Block &here, const Block &from) {
 
 fcomm_status Direct::end(fcomm_status status) {
   if (agreed() && status) pool_abandon(result_);
-  // Written results end with a round. Slots need none, but would look faster without.
+  // Written results end with a round. Slots need none, but would look faster without it.
   if (asked_ && !agreed() && !status) status = next_round(c_);
   if (ways_ && !status) ways_->learn(way_, double(now_ns() - start_) / double(nbytes_ + 1));
   return status;

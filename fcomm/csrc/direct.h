@@ -1,9 +1,8 @@
-// Straight into a peer's result: the kernel copies from one process into another (process_vm_writev, Linux's cross-memory
-// attach) and moves once what goes into a slot and out of it again.
-//
-// A call that may go this way begins with a round that moves nothing: each rank offers the address of its result in its
-// control line, and if all do, each writes to its peers and one more round says that all have written. An address that a
-// peer offers is only ever handed to the kernel, which looks it up in that peer's memory.
+// Straight into a peer's result: the kernel copies from one process into another (process_vm_writev, Linux's
+// cross-memory attach), once, where a slot needs a copy in and a copy out.
+// A call that may go this way begins with a round that moves no data: each rank offers the address of its result in its
+// control line. If all do, each writes to its peers, and one more round confirms that all have written. An address that
+// a peer offers is only ever passed to the kernel, which looks it up in that peer's memory.
 #pragma once
 
 #include "blocks.h"
@@ -12,30 +11,30 @@
 
 namespace fcomm {
 
-// One call's use of it.
+// One call's use of this way.
 class Direct {
  public:
-  // The result must come from the pool: the block of a call that failed is never used again, since a peer that was
-  // stopped meanwhile may still write to it.
+  // The result must come from the pool, which never reuses the block of a call that failed: a peer that was stopped
+  // meanwhile may still write to it.
   Direct(fcomm_comm &c, void *result) : c_(c), result_(static_cast<char *>(result)) {}
 
-  // Are messages of so many bytes, in rows of so many, worth it?
+  // Whether it pays off for messages of nbytes in rows of row_bytes.
   static bool pays(std::size_t nbytes, std::size_t row_bytes);
 
-  // The first round of a call of that fingerprint (and, once per communicator, two more, in which the ranks find out
-  // whether the kernel lets them): which way shall it go? nbytes (of all that is moved), whether the call could go this
-  // way at all and how many ways there are follow from the fingerprint, as does `what`: calls alike in it and in size
-  // take times alike. receives: whether anybody writes to this rank. `opened`: rounds were made.
+  // The first round of a call of that fingerprint decides which way it goes (once per communicator, two more rounds
+  // find out whether the kernel permits this way). nbytes (of everything moved), whether the call could go this way at
+  // all and how many ways there are follow from the fingerprint. So does `what`: calls alike in it and in size take
+  // similar times. receives: whether any rank writes to this one. `opened`: rounds were made.
   fcomm_status agree(std::uint64_t fingerprint, int what, std::size_t nbytes, bool could, bool receives, bool &opened,
                      int ways = kWaysOfMost);
   bool asked() const { return asked_; }
   Way way() const { return way_; }
   bool agreed() const { return way_ == kDirect; }
 
-  // The bytes of `from`, in order, into the part of rank p's result that lies where `here` does in ours.
+  // Write the bytes of `from`, in order, into the part of rank p's result that corresponds to `here` in ours.
   fcomm_status write(int p, const Block &here, const Block &from);
 
-  // The call has ended with that status, which it gives back.
+  // The call has ended with that status, which is returned.
   fcomm_status end(fcomm_status status);
 
  private:
@@ -45,8 +44,8 @@ class Direct {
   char *const result_;
   bool asked_ = false;
   Way way_ = kSlots;
-  std::uint32_t round_ = 0;  // in which the results were offered
-  Ways *ways_ = nullptr;     // on rank 0
+  std::uint32_t round_ = 0;  // the one in which the results were offered
+  Ways *ways_ = nullptr;     // only on rank 0
   std::size_t nbytes_ = 0;
   std::int64_t start_ = 0;
 };

@@ -1,10 +1,9 @@
 // The shared-memory engine's C interface, shaped like NCCL's: a communicator, and one function per collective.
-//
-// Every buffer is contiguous, every count is of elements, every size named *_bytes or `width` is in bytes. Inputs are
+// Every buffer is contiguous, every count is in elements, every size named *_bytes or `width` is in bytes. Inputs are
 // never written, inputs and outputs never overlap. All functions are safe to call from any thread; calls on one
-// communicator are serialised. A function that returns anything but FCOMM_OK has delivered nothing of use in `out`.
-//
-// Behind it, in the order to read it:
+// communicator are serialised. If a function returns anything other than FCOMM_OK, the contents of `out` are
+// meaningless.
+// The implementation, in the order to read it:
 //
 //   layout.h            the shared region, and the one protocol: rounds of two slots
 //   comm.h, comm.cpp    a rank's own view of it; opening, waiting, failing, closing
@@ -23,10 +22,10 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-#pragma GCC visibility push(default)  // all else in the library is hidden
+#pragma GCC visibility push(default)  // everything else in the library is hidden
 
 #define FCOMM_ABI 2
-#define FCOMM_MAX_RANKS 240  // one SCM_RIGHTS message carries at most 253 descriptors, a peer's liveness each
+#define FCOMM_MAX_RANKS 240  // one SCM_RIGHTS message carries at most 253 descriptors, one per peer's life
 #define FCOMM_TEXT_BYTES 1024
 #define FCOMM_MAX_DIMS 16
 
@@ -87,7 +86,7 @@ typedef struct {
   const size_t *widths;
 } fcomm_blocks;
 
-// What a message between two ranks is, beside its bytes.
+// What a message between two ranks is, besides its bytes.
 typedef struct {
   int32_t dtype;
   int32_t ndim;
@@ -96,8 +95,8 @@ typedef struct {
 
 typedef struct {
   int32_t reason;    // the fcomm_status that broke the group
-  int32_t culprit;   // rank to blame
-  int32_t reporter;  // rank that noticed first
+  int32_t culprit;   // the rank at fault
+  int32_t reporter;  // the rank that noticed first
   uint32_t round;
 } fcomm_failure;
 
@@ -108,13 +107,13 @@ typedef struct {
 
 // Opening. Rank 0 formats a region of fcomm_region_bytes(size) bytes and passes its descriptor on; every rank opens
 // it. life_fds[p] becomes readable or hangs up when rank p's process ends (a pidfd, or a pipe); the communicator owns
-// the descriptors of the region and of life. first_round is where the 32-bit round counter starts (tests start it
-// near its end).
+// these descriptors and that of the region. first_round is where the 32-bit round counter starts (tests start it near
+// its end).
 size_t fcomm_region_bytes(int size);
 fcomm_status fcomm_format(int fd, int size, uint64_t nonce, uint32_t first_round);
 fcomm_status fcomm_open(int fd, int rank, int size, const int *life_fds, uint64_t nonce, double timeout_s,
                         fcomm_comm **comm);
-// The same over memory that is mapped already: ranks as threads of one process, for ThreadSanitizer.
+// The same over memory that is already mapped: ranks as threads of one process, for ThreadSanitizer.
 fcomm_status fcomm_attach(void *region, int rank, int size, const int *life_fds, uint64_t nonce, double timeout_s,
                           fcomm_comm **comm);
 // close() sends what is still buffered, tells the peers and unmaps; free() releases the handle. Both are idempotent
@@ -123,7 +122,7 @@ fcomm_status fcomm_close(fcomm_comm *comm);
 void fcomm_free(fcomm_comm *comm);
 
 // Collectives. tag is the caller's fingerprint of what the engine cannot see (shape, permutation); equal on all ranks.
-// Of reduce and gather the root alone uses `out`, of broadcast and scatter the root alone uses `in`; elsewhere either
+// In reduce and gather only the root uses `out`, in broadcast and scatter only the root uses `in`; on other ranks it
 // may be NULL and is left as it is.
 fcomm_status fcomm_all_reduce(const void *in, void *out, size_t count, int dtype, int op, uint64_t tag, fcomm_comm *);
 fcomm_status fcomm_reduce(const void *in, void *out, size_t count, int dtype, int op, int root, uint64_t tag,
@@ -139,19 +138,19 @@ fcomm_status fcomm_scatter(const void *in, fcomm_blocks, void *out, int root, ui
 fcomm_status fcomm_all_to_all(const void *in, fcomm_blocks sent, void *out, fcomm_blocks received, int uneven,
                               uint64_t tag, fcomm_comm *);
 fcomm_status fcomm_broadcast(const void *in, void *out, size_t nbytes, int root, uint64_t tag, fcomm_comm *);
-// source is the rank whose input becomes this one's output, -1 for zeros; destination that whose output this one's input
-// becomes, -1 for nobody.
+// source is the rank whose input becomes this rank's output, -1 for zeros; destination is the rank whose output this
+// rank's input becomes, -1 for none.
 fcomm_status fcomm_permute(const void *in, void *out, size_t nbytes, int source, int destination, uint64_t tag,
                            fcomm_comm *);
 fcomm_status fcomm_barrier(uint64_t tag, fcomm_comm *);
-// send() never waits for the receiver: what the ring between the two does not take is copied and sent on by later
+// send() never waits for the receiver: what does not fit into the ring between the two is copied, and sent by later
 // calls on any communicator of the process, and by close().
 fcomm_status fcomm_send(const void *in, size_t nbytes, const fcomm_signature *, int destination, fcomm_comm *);
 fcomm_status fcomm_recv(void *out, size_t nbytes, const fcomm_signature *, int source, fcomm_signature *got,
                         fcomm_comm *);
 
-// After a failure. describe() leaves this rank's own words for its peers and description() waits for a peer's;
-// behind() says whether a rank had not yet arrived where the group broke.
+// After a failure. describe() leaves this rank's description of its call for the peers, and description() waits for a
+// peer's; behind() says whether a rank had not yet arrived where the group broke.
 fcomm_failure fcomm_last_failure(const fcomm_comm *);
 void fcomm_describe(fcomm_comm *, const char *text);
 int fcomm_description(fcomm_comm *, int rank, double wait_s, char *text, size_t text_bytes);
@@ -159,10 +158,10 @@ int fcomm_behind(const fcomm_comm *, int rank);
 int fcomm_pid(const fcomm_comm *, int rank);
 uint32_t fcomm_round(const fcomm_comm *);
 
-// A waiting call asks this hook a few times a second whether to give up; 0 goes on.
+// A waiting call asks this hook a few times a second whether to give up; 0 means go on.
 void fcomm_set_interrupt_hook(int (*hook)(void));
 
-// Outputs: blocks of memory that are kept, page tables and all, when they come back.
+// Outputs: blocks of memory that are kept, page tables and all, when they are returned.
 void *fcomm_pool_take(size_t nbytes);
 void fcomm_pool_return(void *block);
 size_t fcomm_pool_clear(void);

@@ -57,7 +57,7 @@ constexpr Kernels table = make_table("avx2");
 #pragma GCC push_options
 #pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 #endif
-// bfloat16 alone: its conversions gain by a tenth to a third from wide vectors, sums of messages that come from memory
+// Only bfloat16: its conversions gain a tenth to a third from wide vectors, but sums of messages that come from memory
 // lose as much; and GCC 12 fuses complex products here, whatever it is told.
 namespace avx512 {
 #define FCOMM_F16C 1
@@ -110,7 +110,7 @@ const Kernels &kernels() {
 
 void stream_fence() { _mm_sfence(); }
 
-#else  // aarch64 and others: the baseline has vectors already, and plain stores
+#else  // aarch64 and others: the baseline already has vectors, and plain stores
 
 namespace baseline {
 #include "kernels.inc"

@@ -11,8 +11,8 @@ namespace fcomm {
 // out[i] = in[0][i] op in[1][i] op ... in[n-1][i], in that order; mean divides by `divisor` at the end.
 using Reduce = void (*)(void *out, const void *const *in, int n, std::size_t count, int divisor);
 
-// The same of whole lines, to one or two places at once, which begin with a line: past the caches, and, if `second` is
-// not null, there in either way. n >= 2. Returns how many bytes that were; what is left is less than a line.
+// The same for whole lines, to one or two line-aligned places at once: to `past` past the caches and, if `second` is
+// not null, also there, either way. n >= 2. Returns how many bytes were done; what is left is less than a line.
 using ReducePast = std::size_t (*)(void *past, void *second, bool second_past, const void *const *in, int n,
                                    std::size_t nbytes, int divisor);
 
@@ -20,7 +20,7 @@ struct Kernels {
   const char *name;
   Reduce reduce[FCOMM_DTYPES][FCOMM_OPS];           // null where the operation has no meaning
   ReducePast reduce_past[FCOMM_DTYPES][FCOMM_OPS];  // the common ones: null elsewhere
-  // memcpy that leaves the caches alone; the caller fences before it tells anyone.
+  // memcpy past the caches; the caller must fence before it tells anyone.
   void (*stream_copy)(void *to, const void *from, std::size_t nbytes);
 };
 

@@ -1,13 +1,13 @@
-// The shared region: what lies where. Every rank derives all offsets from the group's size alone; nothing read from a
-// peer is ever used as an index or a bound.
+// The layout of the shared region. Every rank derives all offsets from the group's size only; nothing read from a peer
+// is ever used as an index or a bound.
 //
 //   Header | Control[size] | per rank: Slots | per ordered pair: Ring
 //
 // One protocol serves every collective. A call is a sequence of rounds. In round r a rank fills its own slot, publishes
 // r in its control line, waits until every peer has published r, and reads the peers' slots of that round. Two slots
 // that do not overlap suffice: a rank that fills one in round r + 2 has seen every peer publish r + 1, and a peer
-// publishes r + 1 only after it has read what it wanted of round r. The same argument covers the fingerprint beside the
-// flag. tests/protocol_model.py walks every interleaving of this.
+// publishes r + 1 only after it has read what it needs of round r. The same argument covers the fingerprint beside the
+// flag. tests/protocol_model.py walks every interleaving of this protocol.
 #pragma once
 
 #include <atomic>
@@ -25,8 +25,8 @@ namespace fcomm {
 // Two x86 lines (the prefetcher fetches pairs) and one line of the aarch64 machines that have large ones.
 constexpr std::size_t kLine = 128;
 constexpr std::size_t kPage = 4096;
-constexpr std::size_t kChunkBytes = 512 << 10;           // the most that a round takes of a message
-constexpr std::size_t kSlotBytes = kChunkBytes * 3 / 2;  // with this rank's share of the chunk before
+constexpr std::size_t kChunkBytes = 512 << 10;           // the most of a message that one round takes
+constexpr std::size_t kSlotBytes = kChunkBytes * 3 / 2;  // with this rank's share of the previous chunk
 constexpr std::size_t kSmallSlotBytes = 4 << 10;
 constexpr std::size_t kSlotsBytes = 3 << 20;  // a few second-level caches
 constexpr std::uint64_t kMagic = 0x31304d4d4f4346ull;  // "FCOMM01"
@@ -45,12 +45,12 @@ struct Header {
   alignas(kLine) std::atomic<std::uint64_t> poison;
 };
 
-// A rank that closes the group takes part in no further collective and receives no more (kLeaving), but first hands out
-// what it has still to send; then nothing of it is left (kGone).
+// A rank that closes the group takes part in no further collective and receives nothing more (kLeaving), but first
+// delivers what it still has to send; then it is gone (kGone).
 constexpr std::uint32_t kStays = 0, kLeaving = 1, kGone = 2;
 
 struct Control {
-  alignas(kLine) Flag round;     // last round published, compared by signed difference: it wraps
+  alignas(kLine) Flag round;     // the last round published; it wraps, so compare by signed difference
   std::uint64_t fingerprint[2];  // of the call that the round of this parity opened
   std::uint64_t offer[2];        // an address in this rank's memory, see direct.h
   alignas(kLine) Flag waiters;   // ranks asleep on `round`
@@ -82,10 +82,10 @@ constexpr std::size_t share_bytes(std::size_t chunk, int size) {
   return round_up((chunk + std::size_t(size) - 1) / std::size_t(size), 64);
 }
 
-// Where the slots of the last two rounds lie in each rank's kSlotsBytes: the same at all ranks, which make the same
-// rounds of the same sizes. Slots walk through the whole of it, for a line that the peer has read last is five times
-// slower to write than one that has left the peer's cache meanwhile (notes/0031). Small ones stay where they are: they
-// are bound by latency.
+// Where the slots of the last two rounds lie in each rank's kSlotsBytes. It is the same on all ranks, since they make
+// the same rounds of the same sizes. Slots walk through all of it, because a line that the peer read last is five times
+// slower to write than one that has left the peer's cache in the meantime (notes/0031). Small ones stay in one place:
+// they are bound by latency.
 class Slots {
  public:
   void open(std::uint32_t round, std::size_t nbytes) {
@@ -93,7 +93,7 @@ class Slots {
       at_[round & 1] = (round & 1) * kSmallSlotBytes;
       return;
     }
-    // After a turn back to the start, the slot before this one begins at least a slot's length from there.
+    // After wrapping to the start, the previous slot begins at least a slot's length from there.
     if (end_ + nbytes > kSlotsBytes) end_ = 2 * kSmallSlotBytes;
     at_[round & 1] = end_;
     end_ = round_up(end_ + nbytes, kLine);
@@ -111,7 +111,7 @@ struct Layout {
   constexpr std::size_t slots() const { return control() + round_up(sizeof(Control) * std::size_t(size), kPage); }
   constexpr std::size_t rings() const { return slots() + std::size_t(size) * kSlotsBytes; }
   constexpr std::size_t bytes() const { return rings() + std::size_t(size) * std::size_t(size) * sizeof(Ring); }
-  // Differs whenever two builds would disagree about any offset.
+  // Differs between builds that would disagree about any offset.
   constexpr std::uint64_t hash() const {
     return (((sizeof(Header) * 31 + sizeof(Control)) * 31 + sizeof(Ring)) * 31 + kSlotsBytes) * 31 + FCOMM_ABI;
   }

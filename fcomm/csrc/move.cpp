@@ -6,7 +6,7 @@
 namespace fcomm {
 namespace {
 
-// How many bytes each rank means to send to each, and to receive from each, and whether its blocks are contiguous: two
+// How many bytes each rank intends to send to each and receive from each, and whether its blocks are contiguous: two
 // rows and a word of every rank's slot.
 struct Sizes {
   const std::uint64_t *of;
@@ -17,12 +17,12 @@ struct Sizes {
 };
 
 struct Agreed {
-  std::size_t most = 0;      // bytes of the longest message, as the peers claim
+  std::size_t most = 0;      // bytes of the longest message, as claimed by the peers
   bool contiguous = true;    // all blocks of all ranks
   std::size_t at[FCOMM_MAX_RANKS];  // where in rank p's result this rank's block begins, if contiguous
 };
 
-// One round in which all ranks tell all their sizes, and each checks all pairs, so that all come to the same verdict.
+// One round in which all ranks announce all their sizes, and each checks all pairs, so that all reach the same verdict.
 // What the peers claim bounds how many rounds follow, never what is read or written here.
 fcomm_status agree_on_sizes(fcomm_comm &c, std::uint64_t print, const Blocks &sent, const Blocks &received,
                             Agreed &agreed) {
@@ -53,12 +53,12 @@ fcomm_status agree_on_sizes(fcomm_comm &c, std::uint64_t print, const Blocks &se
   return culprit < 0 ? FCOMM_OK : poison(c, FCOMM_MISMATCH, culprit, c.round);
 }
 
-// sent(p) to rank p's result, where here(p) lies in ours; our own by an ordinary copy.
+// Write sent(p) to rank p's result, at the place that here(p) has in ours; our own block by an ordinary copy.
 template <class Sent, class Here>
 fcomm_status write_to_all(fcomm_comm &c, Direct &direct, const Sent &sent, const Here &here, const Block &own,
                           bool stream) {
   for (int i = 1; i < c.size; ++i) {
-    const int p = (c.rank + i) % c.size;  // not all ranks to one peer
+    const int p = (c.rank + i) % c.size;  // so that not all ranks write to the same peer
     if (const fcomm_status s = direct.write(p, here(p), sent(p))) return s;
   }
   transfer(own, 0, sent(c.rank), 0, own.nbytes(), stream);
@@ -66,8 +66,8 @@ fcomm_status write_to_all(fcomm_comm &c, Direct &direct, const Sent &sent, const
   return next_round(c);
 }
 
-// Each slot is cut into one part for each destination. agreed: what the ranks told of their blocks, in the first round
-// of a call with uneven ones.
+// Each slot is cut into one part for each destination. agreed: what the ranks announced about uneven blocks, in the
+// first round of the call.
 fcomm_status exchange(fcomm_comm &c, std::uint64_t print, const Blocks &sent, const Blocks &received, void *out,
                       const Agreed *agreed) {
   const std::size_t most = agreed ? agreed->most : sent.most();
@@ -99,7 +99,7 @@ fcomm_status exchange(fcomm_comm &c, std::uint64_t print, const Blocks &sent, co
       },
       [&](std::size_t k) {
         for (int i = 0; i < c.size; ++i) {
-          const int p = (c.rank + i) % c.size;  // own first, and not all ranks at one peer
+          const int p = (c.rank + i) % c.size;  // own first, and not all ranks on the same peer
           const Span s = span(received[p].nbytes(), part, k);
           if (p == c.rank)
             transfer(received[p], s.at, sent[p], s.at, s.nbytes, stream);
@@ -112,7 +112,7 @@ fcomm_status exchange(fcomm_comm &c, std::uint64_t print, const Blocks &sent, co
   return direct.end(s);
 }
 
-// all_gather, and gather when `root`, not -1, alone receives: everybody's bytes in chunks of whole slots.
+// all_gather, and gather if `root` is not -1 and only it receives: all ranks' bytes in chunks of whole slots.
 fcomm_status collect(fcomm_comm &c, std::uint64_t print, const void *in, void *out, const Blocks &received, int root) {
   const std::size_t chunk = chunk_bytes(received.most());
   const Block own = contiguous(in, received[c.rank].nbytes());
@@ -124,7 +124,7 @@ fcomm_status collect(fcomm_comm &c, std::uint64_t print, const void *in, void *o
   const bool could = Direct::pays(received.most(), received.row());
   if (const fcomm_status s = direct.agree(print, int(kind), received.total(), could, receives, opened)) return s;
   if (direct.agreed()) {
-    // To a rank that receives nothing goes nothing.
+    // Send nothing to a rank that receives nothing.
     const auto from = [&](int p) { return root < 0 || root == p ? own : contiguous(in, 0); };
     const Block &here = received[c.rank];
     const Block mine = receives ? here : contiguous(nullptr, 0);
@@ -151,8 +151,8 @@ fcomm_status collect(fcomm_comm &c, std::uint64_t print, const void *in, void *o
   return direct.end(s);
 }
 
-// broadcast and permute: every rank has at most one source, -1 for none, and nbytes are the same on all. destination is
-// a permutation's, -1 for none.
+// broadcast and permute: every rank has at most one source, -1 for none, and nbytes is the same on all. destination is
+// for permutations, -1 for none.
 fcomm_status pass_on(fcomm_comm &c, std::uint64_t print, Kind kind, const void *in_, void *out_, std::size_t nbytes,
                      int source, bool sends, int destination) {
   const char *in = static_cast<const char *>(in_);

@@ -1,5 +1,5 @@
-// Memory for outputs. A fresh 64 MB block costs several times a 64 MB collective in page faults, so blocks that come
-// back are kept, page tables and all, up to a limit.
+// Memory for outputs. In page faults, a fresh 64 MB block costs several times as much as a 64 MB collective, so
+// returned blocks are kept, page tables and all, up to a limit.
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -16,7 +16,7 @@
 namespace fcomm {
 namespace {
 
-// Below this the allocator of the C library keeps pages mapped by itself.
+// Below this the C library's allocator keeps pages mapped by itself.
 constexpr std::size_t kLeast = 64 << 10;
 constexpr std::size_t kHuge = 2 << 20;
 
@@ -32,10 +32,10 @@ struct Pool {
   fcomm_pool_report report{0, 0, std::size_t(1) << 30, 0, 0, 0};
 };
 
-// Never destroyed: storages may die after the library's own statics.
+// Never destroyed: storages may be freed after the library's own statics.
 Pool &pool() {
   static Pool &it = *new Pool;
-  // A thread of the parent may hold the lock while another forks.
+  // A thread of the parent may hold the lock while another one forks.
   static const int once = pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); },
                                          [] { pool().mutex.unlock(); });
   (void)once;
@@ -60,14 +60,14 @@ void *map(std::size_t nbytes) {
   return block;
 }
 
-// A block that has just come, from the system or from its holder. Called with the lock held, as are those that follow.
+// Keep a block that has just come from the system or from its holder. Called with the lock held, as are those below.
 void keep(Pool &p, void *block, std::size_t nbytes) {
   p.idle[nbytes].push_back(block);
   p.report.idle_bytes += nbytes;
 }
 
-// New blocks of that size: as many as a huge page holds, in which a peer that writes finds them by one look-up. What is
-// left of it is a block, too, if perhaps of a size that nobody asks for.
+// New blocks of that size: as many as a huge page holds, so that the kernel finds them by one look-up when a peer
+// writes. The rest of the page becomes a block too, though perhaps of a size that nobody asks for.
 bool more(Pool &p, std::size_t nbytes) {
   const std::size_t room = std::max(nbytes, kHuge);
   char *const page = static_cast<char *>(map(room));
@@ -78,7 +78,7 @@ bool more(Pool &p, std::size_t nbytes) {
   return true;
 }
 
-// The largest go first, for they are the fewest to map again.
+// The largest go first, since the fewest of them must be mapped again.
 std::size_t shrink(Pool &p, std::size_t to_bytes) {
   const std::size_t before = p.report.idle_bytes;
   while (p.report.idle_bytes > to_bytes) {

@@ -1,12 +1,12 @@
-// What the engine asks of the pool of results beside fcomm.h.
+// What the engine uses of the pool of results, besides fcomm.h.
 #pragma once
 
 namespace fcomm {
 
-// Whether that is the start of a block that the pool has handed out.
+// Whether it is the start of a block that the pool has handed out.
 bool pool_holds(const void *block);
 
-// Never use this block again: when it comes back its memory goes to the system, and its addresses to nobody.
+// Never use this block again: when it is returned, its memory goes back to the system, and its addresses stay unused.
 void pool_abandon(void *block);
 
 }  // namespace fcomm

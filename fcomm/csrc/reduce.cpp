@@ -16,7 +16,7 @@ struct Arithmetic {
   void fold(char *out, const void *const *in, int n, std::size_t nbytes) const {
     reduce(out, in, n, nbytes / width, divisor);
   }
-  // The same, to one or two places at once, past the caches or not; a place may be NULL.
+  // The same, to one or two places at once, past the caches or not. A place may be NULL.
   struct Place {
     char *to;
     bool stream;
@@ -31,8 +31,8 @@ struct Arithmetic {
       done = reduce_past(a.to, b.to, b.stream, in, n, nbytes, divisor);
     else if (reduce_past && way(b, a))
       done = reduce_past(b.to, a.to, a.stream, in, n, nbytes, divisor);
-    // The other kernels store to one place in the ordinary way: what goes elsewhere is copied in blocks that the
-    // first-level cache still holds.
+    // The other kernels store to one place by ordinary stores; for the rest, blocks that the first-level cache still
+    // holds are copied.
     constexpr std::size_t kBlock = 16 << 10;
     alignas(64) char block[kBlock];
     const void *rest[FCOMM_MAX_RANKS];
@@ -53,7 +53,7 @@ bool arithmetic(Arithmetic &a, const fcomm_comm &c, int dtype, int op) {
   return a.reduce != nullptr;
 }
 
-// One phase: every rank reads every slot. out is NULL where the result is not wanted.
+// One phase: every rank reads every slot. out is NULL if the result is not wanted.
 fcomm_status one_phase(fcomm_comm &c, std::uint64_t print, const char *in, char *out, std::size_t nbytes,
                        const Arithmetic &a, bool opened) {
   const std::size_t chunk = chunk_bytes(nbytes);
@@ -73,7 +73,7 @@ fcomm_status one_phase(fcomm_comm &c, std::uint64_t print, const char *in, char 
       opened);
 }
 
-// A message in chunks, each of them in one share per rank, which that rank reduces.
+// A message is cut into chunks, and each chunk into one share per rank, which that rank reduces.
 struct Shares {
   std::size_t nbytes, chunk;
   int size;
@@ -86,7 +86,7 @@ struct Shares {
   }
 };
 
-// What the peers own of chunk k, into the slot that is filled.
+// Copy the peers' shares of chunk k into the slot that is being filled.
 void fill_for_peers(fcomm_comm &c, const Shares &shares, std::size_t k, const char *in) {
   const Span all = shares.whole(k), own = shares(k, c.rank);
   char *const to = c.slot(c.rank, filling(c));
@@ -95,7 +95,7 @@ void fill_for_peers(fcomm_comm &c, const Shares &shares, std::size_t k, const ch
   copy_in(c, to + after, in + all.at + after, all.nbytes - after);
 }
 
-// This rank's share of chunk k of everybody, which round `round` made readable.
+// Fold this rank's share of chunk k from all ranks, which round `round` made readable.
 void fold_own(const fcomm_comm &c, const Shares &shares, std::size_t k, std::uint32_t round, const char *in,
               Arithmetic::Place a, Arithmetic::Place b, const Arithmetic &arithmetic) {
   const Span own = shares(k, c.rank);
@@ -105,9 +105,9 @@ void fold_own(const fcomm_comm &c, const Shares &shares, std::size_t k, std::uin
   arithmetic.fold(a, b, from, c.size, own.nbytes);
 }
 
-// Two phases, a chunk apart: in round k a rank copies in what its peers own of chunk k, and reduces its own share of
-// chunk k - 1, whose slots round k - 1 made readable; after the round all shares of chunk k - 1 are there to copy out.
-// In-slots and out-slots are both filled once a round, so the two parities suffice for both.
+// Two phases, a chunk apart: in round k a rank copies in its peers' shares of chunk k, and reduces its own share of
+// chunk k - 1, whose slots round k - 1 made readable. After the round all shares of chunk k - 1 are there to copy out.
+// In-slots and out-slots are both filled once per round, so the two parities suffice for both.
 fcomm_status two_phase(fcomm_comm &c, std::uint64_t print, const char *in, char *out, std::size_t nbytes,
                        const Arithmetic &a, bool opened) {
   const Shares shares{nbytes, chunk_bytes(nbytes), c.size};
@@ -125,7 +125,7 @@ fcomm_status two_phase(fcomm_comm &c, std::uint64_t print, const char *in, char 
       [&](std::size_t k) {
         if (k == 0 || !out) return;
         for (int i = 1; i < c.size; ++i) {
-          const int p = (c.rank + i) % c.size;  // not all ranks at one peer
+          const int p = (c.rank + i) % c.size;  // not all ranks on the same peer
           const Span s = shares(k - 1, p);
           copy(out + s.at, c.slot(p, c.round) + chunk, s.nbytes, stream);
         }
@@ -133,7 +133,7 @@ fcomm_status two_phase(fcomm_comm &c, std::uint64_t print, const char *in, char 
       opened);
 }
 
-// The same, but a share goes from the rank that reduces it straight into all results.
+// The same, but the rank that reduces a share writes it straight into all results.
 fcomm_status two_phase_direct(fcomm_comm &c, Direct &direct, const char *in, char *out, std::size_t nbytes,
                               const Arithmetic &a) {
   const Shares shares{nbytes, chunk_bytes(nbytes), c.size};
@@ -161,9 +161,9 @@ fcomm_status all_reduce(fcomm_comm &c, std::uint64_t print, const void *in_, voi
                         const Arithmetic &a, Kind kind) {
   const char *in = static_cast<const char *>(in_);
   char *out = static_cast<char *>(out_);
-  // One phase reads size * nbytes, two read twice nbytes, fold once and wait once more. Between two ranks the second
-  // pays for sure only when the message comes from memory, and reading one's own half of it twice would cost more than
-  // waiting; else rank 0 tries.
+  // One phase reads size * nbytes; two phases read twice nbytes, fold once and wait once more. Between two ranks the
+  // second phase is sure to pay off only if the message comes from memory: reading one's own half of it twice would
+  // then cost more than waiting. Otherwise rank 0 tries both.
   const std::size_t small = std::max<std::size_t>(4 << 10, (512 << 10) / std::size_t(c.size * c.size));
   const bool either = c.size == 2 && !past_caches(c, 2 * nbytes);
   const std::size_t half_share = nbytes / std::size_t(2 * c.size);  // the other half of the work goes through slots
@@ -204,7 +204,7 @@ fcomm_status fcomm_reduce(const void *in, void *out, size_t count, int dtype, in
   Arithmetic a;
   if (!arithmetic(a, *comm, dtype, op) || !is_rank(*comm, root)) return FCOMM_INVALID;
   const std::size_t nbytes = count * a.width;
-  // All ranks share the work; the root alone copies out.
+  // All ranks share the work; only the root copies out.
   return all_reduce(*comm, fingerprint(Kind::kReduce, tag, nbytes, dtype, op, root), in,
                     comm->rank == root ? out : nullptr, nbytes, a, Kind::kReduce);
 }
@@ -215,7 +215,7 @@ fcomm_status fcomm_scan(const void *in_, void *out_, size_t count, int dtype, in
   if (call.status) return call.status;
   fcomm_comm &c = *comm;
   Arithmetic a;
-  // The empty fold is zeros, which is neutral for the sum alone; and a mean over a prefix has no one divisor.
+  // The empty fold is zeros, which is neutral only for the sum; and a mean over prefixes has no single divisor.
   if (!arithmetic(a, c, dtype, op) || op == FCOMM_MEAN || (exclusive && op != FCOMM_SUM)) return FCOMM_INVALID;
   const char *in = static_cast<const char *>(in_);
   char *out = static_cast<char *>(out_);
@@ -262,7 +262,7 @@ fcomm_status fcomm_reduce_scatter(const void *in, fcomm_blocks matrix, void *out
       part * std::size_t(c.size),
       [&](std::size_t k) {
         for (int j = 0; j < c.size; ++j) {
-          // The kernels read contiguous memory: a strided block of our own takes the way of the peers'.
+          // The kernels read contiguous memory: a strided block of our own goes through the slot like the peers'.
           if (j == c.rank && own.contiguous()) continue;
           const Span s = span(sent[j].nbytes(), part, k);
           transfer_in(c, part_of(j, c.rank, filling(c)), sent[j], s.at, s.nbytes);

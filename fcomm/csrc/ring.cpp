@@ -1,7 +1,6 @@
 // send and recv: a ring of pieces for each ordered pair of ranks.
-//
-// send() never waits for a receiver that is not there, so any order of sends and receives that is right on paper runs.
-// What the ring has no room for is copied and waits in line; every later call on any communicator moves the line on.
+// send() never waits for a receiver that is not there, so any order of sends and receives that is correct on paper
+// runs. What the ring has no room for is copied and queued; every later call on any communicator moves the queue.
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
@@ -16,7 +15,7 @@
 namespace fcomm {
 namespace {
 
-// Both ends cut a message in the same way; nothing about it is taken from the ring.
+// Both ends cut a message into the same pieces; the ring does not say how.
 std::size_t piece_bytes(std::size_t nbytes) {
   constexpr std::size_t kLeast = 8 << 10;
   return std::clamp(round_up(nbytes / kRingPieces, 64), kLeast, kPieceBytes);
@@ -40,9 +39,9 @@ bool put(fcomm_comm &c, int to, Message &m) {
   return true;
 }
 
-// Goes on for as long as the receiver is at it and takes pieces; a moment without any, and the rest is for the line.
+// Goes on for as long as the receiver takes pieces; after a moment in which it takes none, the rest is queued.
 bool put_while_read(fcomm_comm &c, int to, Message &m) {
-  // Not a number of yields: where cores are shared each may take milliseconds, and the reader may have died inside recv().
+  // Not a number of yields: on shared cores each may take milliseconds, and the reader may have died inside recv().
   constexpr std::int64_t kPatience = 20'000'000;
   const Ring &ring = c.ring(c.rank, to);
   for (std::int64_t since = now_ns(); !put(c, to, m);) {
@@ -62,13 +61,13 @@ bool put_while_read(fcomm_comm &c, int to, Message &m) {
 fcomm_status prepare(fcomm_comm &c, int to) {
   if (c.ring_ready[std::size_t(to)]) return FCOMM_OK;
   Ring &ring = c.ring(c.rank, to);
-  // Touched by its writer, and now: a lack of memory is an error here and a SIGBUS later.
+  // The writer touches the ring now: a lack of memory is an error here but a SIGBUS later.
   if (madvise(&ring, sizeof ring, MADV_POPULATE_WRITE) && errno != EINVAL) return FCOMM_SYSTEM;
   c.ring_ready[std::size_t(to)] = true;
   return FCOMM_OK;
 }
 
-// What waits in line moves on while its process waits, on whatever communicator.
+// Queued messages move forward while their process waits, on any communicator.
 struct Lines {
   std::mutex mutex;
   std::vector<fcomm_comm *> comms;
@@ -104,7 +103,7 @@ bool progress(fcomm_comm &c) {
   if (!listed) return true;
   for (fcomm_comm *other : lines->comms) {
     if (other == &c) continue;
-    // Never waited for, so no order of locks matters: a thread that is inside moves its own line on.
+    // We never wait for this lock, so the order of locks does not matter: a thread that holds it moves its own queue.
     const std::unique_lock lock(other->mutex, std::try_to_lock);
     if (lock && !other->closed && !other->broken && other->pending_count) left = progress_own(*other) || left;
   }
@@ -116,7 +115,7 @@ bool in_line() { return lines->messages.load(std::memory_order_relaxed) > 0; }
 void count_in_line(int more) { lines->messages.fetch_add(more, std::memory_order_relaxed); }
 
 void enlist(fcomm_comm &c) {
-  // A forked child has communicators of its own, and another thread of the parent may have held the lock.
+  // A forked child has its own communicators, and another thread of the parent may have held the lock.
   static const int once = pthread_atfork(nullptr, nullptr, [] { lines = new Lines; });
   (void)once;
   const std::unique_lock lock(lines->mutex);

@@ -1,4 +1,4 @@
-// What every collective is: rounds of filling this rank's slots and draining its peers'.
+// Every collective is a number of rounds of filling this rank's slot and draining its peers'.
 #pragma once
 
 #include <algorithm>
@@ -56,13 +56,13 @@ inline std::size_t chunk_bytes(std::size_t nbytes) {
   return std::clamp(round_up(nbytes / kRounds, 64), kLeast, kChunkBytes);
 }
 
-// The same shared out to all ranks: whole lines, so whole elements.
+// The same, divided among all ranks: whole lines, so whole elements.
 inline std::size_t part_bytes(const fcomm_comm &c, std::size_t total) {
   return chunk_bytes(total) / std::size_t(c.size) / 64 * 64;
 }
 
-// Results that no cache will hold until they are read are written past it: it keeps the slots then, and a line that is
-// written whole need not be read first. `touched` is what one rank reads and writes.
+// Results that no cache would hold until they are read are written past the caches. The caches then keep the slots, and
+// a line that is written whole need not be read first. `touched` is how much one rank reads and writes.
 bool past_caches(const fcomm_comm &c, std::size_t touched);
 
 }  // namespace fcomm
