@@ -1,7 +1,7 @@
 """The benchmark: nccl-tests' sizes, flags and table, and competitors measured in the same processes.
 
 plan.py      what to measure: a frozen value, filled by the command line
-programs.py  a record -> its call on known values, and what must come out
+programs.py  a record -> its call on known values, and what the result must be
 rivals.py    the same call by torch.distributed, by its functional collectives, by MPI; a copy; an addition
 measure.py   on each rank: interleaved rounds of all contestants
 compiled.py  the cost of one call inside a compiled graph

@@ -1,4 +1,4 @@
-"""python -m fcomm bench: the command line, in nccl-tests' flags."""
+"""python -m fcomm bench: the command line, with nccl-tests' flags."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _positive(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All options, with the meaning of nccl-tests' where it has them."""
+    """All options; those that nccl-tests also has mean the same."""
     p = _Parser(
         prog="python -m fcomm bench",
         description="Measure collectives as nccl-tests does, beside competitors in the same processes; "
@@ -104,7 +104,7 @@ def _names() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status: 0, 1 where a result was wrong, 2 for a wrong command line."""
+    """Run the command; return its exit status: 0, 1 if a result was wrong, 2 for a wrong command line."""
     p = parser()
     options = p.parse_args(argv)
     try:
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_first() -> bool:
-    """Whether this process speaks: the only one, or rank 0 of a launcher's."""
+    """Whether this process prints: it is the only one, or rank 0 of those that a launcher started."""
     return not launch.launched() or fcomm.init().rank == 0
 
 

@@ -1,4 +1,4 @@
-"""The cost of one call inside a compiled graph: (a chain of 16, minus the graph without) over 16."""
+"""The cost of one call inside a compiled graph: a chain of 16, minus the graph without them, divided by 16."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_shape(program: Program) -> None:
 
 
 def pairs(contestants: dict[str, Graph], program: Program) -> tuple[dict[str, Call], dict[str, int]]:
-    """{contestant: the chained graph, contestant + "/without": the graph without}, all compiled, and what is wrong."""
+    """{contestant: the chained graph, contestant + "/without": the graph without}, compiled; and wrong counts."""
     calls: dict[str, Call] = {}
     wrong: dict[str, int] = {}
     for name, call in contestants.items():

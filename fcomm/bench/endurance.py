@@ -1,4 +1,4 @@
-"""What stays behind: shared memory of a group, and growth of memory, descriptors and threads over many small calls."""
+"""What is left behind: a group's shared memory, and growth of memory, descriptors and threads over many small calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHUNK = 10_000
 
 
 def on_this_rank(world: Group, backend_name: str, calls: int, limit_s: float) -> dict[str, float]:
-    """all_reduce of 8 bytes, `calls` times or for limit_s seconds, whichever is first; what grew meanwhile."""
+    """all_reduce of 8 bytes, `calls` times or for limit_s seconds, whichever is first; return what grew meanwhile."""
     backend = BACKENDS[backend_name]
     x, go = torch.ones(2), torch.ones(())
 
@@ -26,7 +26,7 @@ def on_this_rank(world: Group, backend_name: str, calls: int, limit_s: float) ->
         go.fill_(perf_counter() - begin < limit_s)  # rank 0's clock decides for all
         return bool(fcomm.broadcast(go, world, backend))
 
-    # What a first use allocates for good is not growth, nor is what reading the usage does.
+    # What the first use allocates for good is not growth, nor is what reading the usage allocates.
     go_on(perf_counter())
     _usage()
     before, begin, done = _usage(), perf_counter(), 0
@@ -50,6 +50,6 @@ def _usage() -> dict[str, float]:
 
 
 def _shared_nbytes() -> int:
-    """Length of the mappings of nameless memory that this package made."""
+    """Total length of the mappings of nameless memory that this package has made."""
     found = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*memfd:fcomm", Path("/proc/self/maps").read_text(), re.MULTILINE)
     return sum(int(end, 16) - int(start, 16) for start, end in found)

@@ -1,4 +1,4 @@
-"""The ranks of a benchmark: fcomm.run, mpirun where MPI takes part, or the launcher that started this process."""
+"""The ranks of a benchmark: fcomm.run, mpirun if MPI takes part, or the launcher that started this process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _under_mpirun(plan: Plan) -> list[Row]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        # Containers run as root, and Open MPI asks for a second confirmation.
+        # Containers run as root, which Open MPI wants confirmed twice.
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }
@@ -68,7 +68,7 @@ def _under_mpirun(plan: Plan) -> list[Row]:
         try:
             status = process.wait(plan.timeout_s)
         except BaseException as error:
-            # mpirun ends its ranks when it is told to end; killed, it would leave them.
+            # mpirun ends its ranks when it is terminated; if killed, it would leave them.
             process.terminate()
             process.wait(10)
             if isinstance(error, subprocess.TimeoutExpired):

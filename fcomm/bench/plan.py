@@ -10,7 +10,7 @@ import torch
 from fcomm.group import BACKENDS
 from fcomm.registration import RECORDS
 
-# nccl-tests' names of types, and torch's; the first one of a type is printed.
+# nccl-tests' names of types, and torch's; the first name of a type is printed.
 DTYPES = {
     "float": torch.float32,
     "double": torch.float64,
@@ -34,7 +34,7 @@ DTYPES = {
 class Plan:
     """What to measure.
 
-    rivals: contestants beside our own backend: "c10d", "funcol", "mpi", "copy", "add".
+    rivals: contestants besides our own backend: "c10d", "funcol", "mpi", "copy", "add".
     iters: calls per round; 0: as many as fit in round_s.  warmup, check: calls before the rounds, calls compared.
     """
 
@@ -92,7 +92,7 @@ class Row:
         return median(t / o for t, o in zip(self.times_us[contestant], self.times_us[self.ours], strict=True))
 
     def spread(self, contestant: str) -> float:
-        """The noise: distance of the quartiles over the rounds, in parts of the median."""
+        """The noise: the distance between the quartiles over the rounds, as a fraction of the median."""
         times = self.times_us[contestant]
         if len(times) < 2:
             return 0.0
@@ -112,5 +112,5 @@ def measurable() -> list[str]:
 
 
 def machines() -> list[str]:
-    """The backends that can be measured: programs are on the CPU, in processes."""
+    """The backends that can be measured: programs run on the CPU, in processes."""
     return [name for name, b in BACKENDS.items() if name != "sim" and (not b.devices or "cpu" in b.devices)]

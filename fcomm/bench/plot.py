@@ -1,4 +1,4 @@
-"""The picture: for each collective the rivals' time over ours, and bus bandwidth, against size, on log axes."""
+"""The picture: for each collective, the rivals' time over ours, and bus bandwidth, against size, on log axes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLUMNS = 4
 
 
 def require() -> None:
-    """Raise before a long run that could not be drawn."""
+    """Raise before a long run whose picture could not be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError('--plot needs matplotlib; pip install "fcomm[plot]"')
 
@@ -74,7 +74,7 @@ def _ratios(axes: Any, table: Sequence[Row]) -> None:
 def _bandwidths(axes: Any, table: Sequence[Row]) -> None:
     for name in contestants(table):
         if name != "add":
-            # A copy has no bus: it moves its bytes, which is what the algorithm's bandwidth counts.
+            # A copy has no bus bandwidth: it just moves its bytes, which is what algorithm bandwidth counts.
             points = [(row.size, row.bandwidth(name)[name != "copy"]) for row in table if name in row.times_us]
             _line(axes, points, name)
     _scales(axes, table)

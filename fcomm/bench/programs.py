@@ -1,6 +1,6 @@
-"""A record -> its call on known values, and what must come out of it.
+"""A record -> its call on known values, and what the result must be.
 
-Sizes follow nccl-tests: the larger one of what a rank puts in and what it gets out (all_gather: the whole output,
+Sizes follow nccl-tests: the larger one of a rank's input and output (all_gather: the whole output,
 reduce_scatter: the whole input). Values are small integers: every sum is exact in every type and order.
 """
 
@@ -83,7 +83,7 @@ def _one_tensor(record: Record, elements: int, group: Group, backend: Backend, c
             return fcomm.apply(record.name, x, group, backend, *values)
         return function(x, group, backend, **options)  # type: ignore[no-any-return]
 
-    # A collective with a dim cuts it into blocks, or makes it of blocks.
+    # A collective with a dim cuts that dim into blocks, or joins blocks along it.
     count = _in_blocks(elements, group.size) if record.dims else elements
     (grown,) = record.shape((count,), group, **params)
     length = count // group.size if grown > count else count

@@ -40,7 +40,7 @@ def header(plan: Plan, sizes: Sequence[int]) -> str:
 
 
 def stream_row(row: Row, *, first: bool, last: bool, rows: Sequence[Row]) -> None:
-    """Print one row when it is there, with the head and foot of its table."""
+    """Print one row as soon as it is measured, with the head and foot of its table."""
     if first:
         print(table_head(row), flush=True)
     print(table_line(row), flush=True)
@@ -94,7 +94,7 @@ def table_foot(rows: Sequence[Row]) -> str:
 
 
 def comparison(rows: Sequence[Row]) -> list[str]:
-    """Time of every contestant and how many times ours it is; for a copy, the fraction of its rate that we reach."""
+    """Every contestant's time, and how many times ours it is; for a copy, the fraction of its rate that we reach."""
     others = contestants(rows)[1:]
     if not others:
         return ["#"]
@@ -125,7 +125,7 @@ def contestants(rows: Sequence[Row]) -> list[str]:
 
 
 _OTHERS = ("c10d", "funcol", "mpi", "copy", "add")
-# How a ratio reads: a copy gives the fraction of its rate that we reach, x + x the number of them that our call costs.
+# How to read a ratio: for a copy, the fraction of its rate that we reach; for x + x, how many of them our call costs.
 _RATIO_NAMES = {"copy": "of copy", "add": "in x + x"}
 
 
@@ -199,7 +199,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def progress(done: int | None, total: int, label: str) -> None:
-    """Draw a bar on stderr where it is a terminal; None takes it away."""
+    """Draw a bar on stderr if that is a terminal; None removes it."""
     if not sys.stderr.isatty():
         return
     if done is None:

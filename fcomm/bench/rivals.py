@@ -1,8 +1,8 @@
-"""What we are compared with: the same collective by other libraries, and two operations that need no library.
+"""The contestants we are compared with: the same collective by other libraries, and two operations without a library.
 
 Each contestant is a table {collective: prepare}; prepare(program, context) does once what a careful user would do once
-(allocate the output, view it as numpy) and returns the call that is timed. Buffers are reused where the library lets
-one, which favours it: our own results are new tensors.
+(allocate the output, view it as numpy) and returns the call that is timed. Buffers are reused if the library allows it,
+which favours it: our own results are new tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Context:
-    """rank and size of the world; comm: MPI's, where MPI takes part."""
+    """rank and size of the world; comm: MPI's communicator, if MPI takes part."""
 
     rank: int
     size: int
@@ -146,13 +146,13 @@ def functional() -> Any:
 
 
 def torch_world() -> Any:
-    """torch.distributed's own world, of gloo here."""
+    """torch.distributed's own world, which uses gloo here."""
     return dist.group.WORLD
 
 
 def funcol_op(p: Program) -> str:
     """The reduction by funcol's name."""
-    _c10d_op(p)  # what gloo has not, funcol has not
+    _c10d_op(p)  # funcol lacks what gloo lacks
     return {"prod": "product"}.get(p.op, p.op)
 
 
@@ -289,7 +289,7 @@ def add(p: Program, c: Context) -> Call:
     return lambda: x + x
 
 
-# Results are ours to check where a root alone has them.
+# Collectives whose result only the root has, so only it is checked.
 ROOTED = ("reduce", "gather")
 
 TABLES: dict[str, dict[str, Callable[[Program, Context], Call]]] = {"c10d": C10D, "funcol": FUNCOL, "mpi": MPI}

@@ -1,4 +1,4 @@
-"""make bench: the standard table. What the package promises, measured beside its competitors, met or not."""
+"""make bench: the standard table. What the package promises, measured alongside its competitors, met or not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Results = dict[str, list[Row]]
 
 
 def plans(backend: str, *, with_mpi: bool) -> dict[str, Plan]:
-    """The measurements, each a run of its own."""
+    """The measurements; each is a separate run."""
     two = Plan(_MOVERS, (1 * K, 64 * K, 1 * M, 16 * M, 64 * M), backend, rivals=("c10d", "copy"))
     two = replace(two, rivals=("c10d", "mpi", "copy")) if with_mpi else two
     only = replace(two, collectives=("all_reduce",))
@@ -41,7 +41,7 @@ def plans(backend: str, *, with_mpi: bool) -> dict[str, Plan]:
 
 @dataclass(frozen=True)
 class Target:
-    """A promise. values: one figure for each round; their median is judged.  at_least: else at most."""
+    """A promise. values: one figure per round; their median counts.  at_least: a lower bound, else an upper one."""
 
     what: str
     limit: float
@@ -132,7 +132,7 @@ def _machine() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure everything, write OUT.md and OUT.png; 1 if a result was wrong. What was not met, the table says."""
+    """Measure everything, write OUT.md and OUT.png; 1 if a result was wrong. Missed targets are in the table only."""
     parser = argparse.ArgumentParser(prog="python -m fcomm.bench.standard", description=__doc__)
     parser.add_argument("out", type=Path, help="where the table goes; the picture lies beside it, as .png")
     parser.add_argument("--backend", choices=machines(), default="cpu", help="measured backend (cpu)")

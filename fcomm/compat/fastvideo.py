@@ -1,8 +1,8 @@
 """FastVideo's device communicators, as functions, and its StatelessProcessGroup.
 
 Names, arguments, their order and defaults are those of DeviceCommunicatorBase's methods; reduce_scatter, broadcast, and
-those with sizes, are vLLM's. Ranks count within the group. Where the methods have self, these take group and backend,
-as keywords or anywhere among the positional arguments: all_gather(x, group, backend, dim=1).
+those with sizes, are vLLM's. Ranks are numbered within the group. Where the methods have self, these take group and
+backend, as keywords or anywhere among the positional arguments: all_gather(x, group, backend, dim=1).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fcomm.rendezvous import live
 
 T = TypeVar("T")
 
-_LAST_S = 0.1  # for the answer to a last question, however little of the deadline is left
+_LAST_S = 0.1  # for the answer to a last question, even if less of the deadline is left
 
 
 @takes_handles
 def all_reduce(input_: Tensor, op: ReduceOp | None = dist.ReduceOp.SUM, *, group: Group, backend: Backend) -> Tensor:
-    """Fold input_ over the group; op is a torch.distributed.ReduceOp or its name, and every op has its derivative."""
+    """Fold input_ over the group; op is a torch.distributed.ReduceOp or its name, and every op has a derivative."""
     return fcomm.all_reduce(input_, group, backend, op="sum" if op is None else op_name(op))
 
 
@@ -57,7 +57,7 @@ def all_gatherv(
     group: Group,
     backend: Backend,
 ) -> Tensor | list[Tensor]:
-    """all_gather of blocks whose lengths are sizes; of every tensor of a list, one by one."""
+    """all_gather of blocks whose lengths are sizes; for a list, of every tensor, one by one."""
     if isinstance(input_, list):
         return [fcomm.all_gather(x, group, backend, dim=dim, sizes=sizes) for x in input_]
     return fcomm.all_gather(input_, group, backend, dim=dim, sizes=sizes)
@@ -79,7 +79,7 @@ def reduce_scatterv(
 
 @takes_handles
 def broadcast(tensor: Tensor, src: int = 0, *, group: Group, backend: Backend) -> Tensor:
-    """tensor of rank src, as a new tensor; its own stays as it is."""
+    """tensor of rank src, as a new tensor; the argument is not changed."""
     return fcomm.broadcast(tensor, group, backend, src=src)
 
 
@@ -100,7 +100,7 @@ def all_to_all_4D(  # noqa: N802
     """Between sequence shards and head shards of [batch, sequence, heads, head_dim].
 
     scatter_dim=2, gather_dim=1: [b, s / n, h, d] -> [b, s, h / n, d]; scatter_dim=1, gather_dim=2: back.
-    Raises ArgumentError for other dims, another number of dimensions, and lengths that n does not divide.
+    Raises ArgumentError for other dims, a different number of dimensions, and lengths that n does not divide.
     """
     if input_.dim() != 4:
         raise ArgumentError(
@@ -119,8 +119,9 @@ def all_to_all_4D(  # noqa: N802
 def gather(input_: Tensor, dst: int = 0, dim: int = -1, *, group: Group, backend: Backend) -> Tensor | None:
     """Concatenate every rank's input_ along dim on rank dst; None on the others.
 
-    On a simulated axis, where all ranks have one result, it is zeros off the root. For backward, a rank off the root
-    takes part by differentiating something of its input_: use fcomm.gather, whose result off the root is zeros.
+    On a simulated axis, where the results of all ranks are one tensor, it is zeros on the others. To take part in
+    backward, a rank other than the root must differentiate something made from its input_: use fcomm.gather, whose
+    result there is zeros.
     """
     y = fcomm.gather(input_, group, backend, dst=dst, dim=dim)
     return y if group.simulated or group.rank == dst else None
@@ -151,7 +152,7 @@ def recv(
     where = device if device is not None else backend.devices[0] if backend.devices else "cpu"
     shape = (size,) if isinstance(size, int) else tuple(size)
     y = fcomm.recv(torch.empty(shape, dtype=dtype, device=where), group, backend, src=src, after=after)
-    # A cotangent that the sender does not wait for would be its next message.
+    # A cotangent that the sender does not wait for would be taken as its next message.
     return y.detach() if after is None else y
 
 
@@ -162,9 +163,9 @@ def recv(
 class StatelessProcessGroup:
     """Exchanges small Python values between the ranks of a group, through the group's store; no pickle.
 
-    Values are None, bool, int, float, str, bytes, torch.dtype, tensors on the CPU, whose gradient stays behind, and
-    lists, tuples, sets, dicts, OrderedDicts and torch.Size of them. Anything else is a TypeError at its sender, and an
-    FcommError at its receivers. Every message has a key of its own sender, receiver and number, and is deleted when it
+    Values are None, bool, int, float, str, bytes, torch.dtype, tensors on the CPU, without their gradient, and lists,
+    tuples, sets, dicts, OrderedDicts and torch.Size of them. Anything else is a TypeError at its sender, and an
+    FcommError at its receivers. Every message has a key made of its sender, receiver and number, and is deleted when it
     has been read. group is a Group with everything a Group has: pass it to collectives.
     """
 
@@ -180,9 +181,9 @@ class StatelessProcessGroup:
         data_expiration_seconds: int = 3600,
         store_timeout: int = 300,
     ) -> StatelessProcessGroup:
-        """A group of its own store at host:port, which rank 0 serves; no torch.distributed state is made.
+        """A group with its own store at host:port, which rank 0 serves; no torch.distributed state is made.
 
-        data_expiration_seconds, and vLLM's store_timeout: the lesser is the deadline of every wait.
+        data_expiration_seconds, and vLLM's store_timeout: the smaller one is the deadline of every wait.
         Raises RendezvousError naming the ranks that are missing.
         """
         timeout_s = float(min(data_expiration_seconds, store_timeout))
@@ -225,10 +226,10 @@ class StatelessProcessGroup:
         """Every rank's obj, in rank order."""
         return [self.broadcast_obj(obj, src) for src in range(self.world_size)]
 
-    # vLLM's, for small tensors on the CPU; their gradient stays behind.
+    # vLLM's methods, for small tensors on the CPU; gradients are not sent.
 
     def send(self, tensor: Tensor, dst: int) -> None:
-        """Send tensor to rank dst, among the objects of send_obj; does not wait."""
+        """Send tensor to rank dst, in sequence with the objects of send_obj; does not wait."""
         self.send_obj(tensor.detach(), dst)
 
     def recv(self, tensor: Tensor, src: int) -> Tensor:
@@ -237,7 +238,7 @@ class StatelessProcessGroup:
             return tensor.copy_(self.recv_obj(src))
 
     def broadcast(self, tensor: Tensor, src: int) -> Tensor:
-        """tensor of rank src: there the argument itself, on the others a new tensor."""
+        """tensor of rank src: on src the argument itself, on the others a new tensor."""
         got: Tensor = self.broadcast_obj(tensor.detach() if self.rank == src else None, src)
         return tensor if self.rank == src else got
 
@@ -248,7 +249,7 @@ class StatelessProcessGroup:
         return fold(self.all_gather_obj(tensor.detach()), name)
 
     def barrier(self, timeout: float | None = None) -> None:
-        """Return when every rank has called it, and rank 0 when they have left it: any may end then, with its store.
+        """Return when every rank has called it, and on rank 0 when all have left it: any may then end, with its store.
 
         timeout: seconds that each wait may take, by default the group's.
         """
@@ -269,7 +270,7 @@ class StatelessProcessGroup:
         fcomm.close(self.group)
 
     def _key(self, side: str, stream: str) -> str:
-        """The key of the next message of a stream, counted apart at its two ends: a rank may send to itself."""
+        """The key of the next message of a stream, counted separately at its two ends: a rank may send to itself."""
         number = self._numbers[side + stream] = self._numbers.get(side + stream, -1) + 1
         return f"objects/{stream}/{number}"
 
@@ -282,7 +283,7 @@ class StatelessProcessGroup:
         return obj
 
     def _write(self, what: str, key: str, obj: Any) -> None:
-        """Set the message of a key; an error where obj cannot be sent, lest its readers wait for the deadline."""
+        """Set the message of a key, or an error if obj cannot be sent, so that readers do not wait for the deadline."""
         try:
             frame = encode(obj)
         except Exception as error:
@@ -294,7 +295,7 @@ class StatelessProcessGroup:
     def _read(self, what: str, key: str, src: int, readers: int, timeout_s: float | None = None) -> Any:
         timeout_s = live(self.group).timeout_s if timeout_s is None else timeout_s
         began, pause = time.monotonic(), 1e-3
-        # Polled: the store's client serves one call at a time, and other threads use it too.
+        # Poll, since the store's client serves one call at a time, and other threads use it too.
         while not self._ask(what, lambda store: store.check([key]), src, timeout_s, began):
             if time.monotonic() > began + timeout_s:
                 raise CollectiveTimeoutError(
@@ -307,7 +308,7 @@ class StatelessProcessGroup:
 
         def take(store: dist.Store) -> bytes:
             frame = store.get(key)
-            with suppress(dist.DistNetworkError):  # with a store that is lost now, the message is gone too
+            with suppress(dist.DistNetworkError):  # if the store is lost now, so is the message
                 if readers == 1 or store.add(f"{key}/read", 1) == readers:
                     store.delete_key(key)
                     store.delete_key(f"{key}/read")
@@ -323,7 +324,7 @@ class StatelessProcessGroup:
         timeout_s: float | None = None,
         began: float | None = None,
     ) -> T:
-        """What the store answers; timeout_s, by default the group's, counts from began. src: whose value is awaited."""
+        """The store's answer; timeout_s, by default the group's, counts from began. src: the awaited rank."""
         owner = live(self.group)
         limit_s = owner.timeout_s if timeout_s is None else timeout_s
         deadline = (time.monotonic() if began is None else began) + limit_s
@@ -354,7 +355,7 @@ def decode(frame: bytes) -> Any:
     return _untagged(json.loads(frame))
 
 
-# JSON has no bytes, no tuples, no tensors and no keys but strings: what is none of its own says what it is.
+# JSON has no bytes, tuples or tensors, and no keys except strings, so values of other types name their type.
 
 _ROWS = {kind.__name__: kind for kind in (list, tuple, set, torch.Size)}
 _MAPS = {kind.__name__: kind for kind in (dict, OrderedDict)}

@@ -3,9 +3,9 @@
 
 group is what torch takes: a ProcessGroup, a DeviceMesh, (DeviceMesh, dim), a list of ranks, a group's name; or a Group.
 Every function also takes the keyword backend, by default fcomm.c10d (fcomm.sim on a simulated axis).
-Unlike torch's: results are plain tensors that need no wait; every reduceOp has a derivative, broadcast's reaches the
-source, and vmap, torch.func and forward mode work; permute_tensor takes tensors of any shape. What torch has for its
-compiler alone is not here, nor are isend_inplace and irecv_inplace: see batch_p2p_ops_inplace.
+Unlike torch's, results are plain tensors that need no wait; every reduceOp has a derivative, broadcast's reaches the
+source, and vmap, torch.func and forward mode work; permute_tensor takes tensors of any shape. What torch has only for
+its compiler is not here, nor are isend_inplace and irecv_inplace: see batch_p2p_ops_inplace.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RANK_TYPES = GroupLike
 ReduceOp = str | dist.ReduceOp | dist.ReduceOp.RedOpType
 
 _OPS = {"avg": "mean", "product": "prod"}
-# Pairs, no dictionary: torch.compile before 2.13 cannot hash these objects.
+# Pairs, not a dictionary: torch.compile before 2.13 cannot hash these objects.
 _NAMES = (
     (dist.ReduceOp.SUM, "sum"),
     (dist.ReduceOp.AVG, "mean"),
@@ -54,7 +54,7 @@ def op_name(op: ReduceOp) -> str:
     """torch's name or object of a reduction -> fcomm's name."""
     if isinstance(op, str):
         return _OPS.get(op.lower(), op.lower())
-    if isinstance(op, Tensor):  # == would compare its elements
+    if isinstance(op, Tensor):  # == would compare elements
         raise ArgumentError("reduceOp is a tensor; pass the tensor of the result as out_tensor=, where there is one")
     for is_same in (operator.is_, operator.eq):  # torch.compile before 2.13 cannot compare with ==
         for known, name in _NAMES:
@@ -74,7 +74,7 @@ def wait_tensor(tensor: Tensor) -> Tensor:
 
 
 def wait_tensors(tensors: list[Tensor]) -> list[Tensor]:
-    """tensors themselves: results here are complete."""
+    """The tensors themselves: results here are complete."""
     return tensors
 
 
@@ -98,7 +98,7 @@ def all_reduce(
 def all_gather_single(
     self: Tensor, gather_dim: int, group: GroupLike, tag: str = "", *, backend: Backend | None = None
 ) -> Tensor:
-    """Concatenate every rank's self along gather_dim; numbers, of no dimension, become a vector."""
+    """Concatenate every rank's self along gather_dim; 0-d tensors become a vector."""
     return fcomm.all_gather(_at_least_1d(self), *_handles(group, tag, backend), dim=gather_dim)
 
 
@@ -286,7 +286,7 @@ def batch_p2p_ops_inplace(
     *,
     backend: Backend | None = None,
 ) -> list[Tensor]:
-    """Send the tensors of "isend", then receive into those of "irecv"; peers count within the group. No derivative.
+    """Send the tensors of "isend", then receive into those of "irecv". Peers count within the group; no derivative.
 
     Messages from one rank to another arrive in the order in which they are sent; tags other than 0 are refused.
     """
@@ -334,7 +334,7 @@ def _at_least_1d(x: Tensor) -> Tensor:
     return x.reshape(1) if x.dim() == 0 else x
 
 
-# Here the plain functions have derivatives, and the names from before torch 2.13 mean the same.
+# Here the plain functions have derivatives, and the names used before torch 2.13 mean the same.
 all_gather_single_autograd = all_gather_tensor = all_gather_tensor_autograd = all_gather_single
 reduce_scatter_single_autograd = reduce_scatter_tensor = reduce_scatter_tensor_autograd = reduce_scatter_single
 all_to_all_single_autograd = all_to_all_single

@@ -1,4 +1,4 @@
-"""Others' ways to say who takes part: process groups, device meshes, lists of ranks, names -> Group."""
+"""Other libraries' ways to name a group: process groups, device meshes, lists of ranks, names -> Group."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ T = TypeVar("T")
 
 
 def as_group(group: GroupLike, tag: str = "") -> Group:
-    """The Group that another project's description of a group means.
+    """The Group described in another library's way.
 
     A Group; a ProcessGroup; a 1-D DeviceMesh or (mesh, dim); ranks of the world, [0, 1], or the partition of the world
-    into groups, [[0, 1], [2, 3]]; the name of a Group or of a ProcessGroup. tag tells apart groups of the same ranks.
-    Made at first use and kept; communicates nothing.
+    into groups, [[0, 1], [2, 3]]; the name of a Group or of a ProcessGroup. tag distinguishes groups of the same ranks.
+    The Group is made at first use and kept. Communicates nothing.
     Raises ArgumentError if it describes no group of this process.
     """
     if isinstance(group, Group):
@@ -49,7 +49,7 @@ def as_group(group: GroupLike, tag: str = "") -> Group:
             f"group is {group!r}; pass a Group, ProcessGroup, DeviceMesh, (DeviceMesh, dim), list of ranks, or name"
         )
     else:
-        # Tracing, torch.compile has a stand-in for a ProcessGroup that knows little more than its name.
+        # While tracing, torch.compile has a stand-in for a ProcessGroup that knows little more than its name.
         place = _of_name_in_torch(group.group_name)
     return cast(Group, getattr(_KEPT, place))
 
@@ -62,8 +62,9 @@ def as_backend(backend: Backend | None, group: Group) -> Backend:
 def takes_handles(fn: Callable[..., T]) -> Callable[..., T]:
     """fn(.., *, group, backend) that also finds the handles among its positional arguments, by their type.
 
-    Others have the group first, last or in the middle; with this one rule their order of arguments stays as it is, and
-    f(x, group, backend) works everywhere. group may be all that as_group takes, as a keyword; backend may be left out.
+    Other libraries have the group first, last or in the middle. With this rule their order of arguments stays the same,
+    and f(x, group, backend) works everywhere. As a keyword, group may be anything that as_group takes; backend may be
+    left out.
     """
 
     @wraps(fn)
@@ -74,7 +75,7 @@ def takes_handles(fn: Callable[..., T]) -> Callable[..., T]:
                 rest.append(a)
             elif isinstance(a, Backend):
                 backend = a
-            elif any(isinstance(a, kind) for kind in _GROUPS):  # one by one: Dynamo knows no tuple with opaque types
+            elif any(isinstance(a, kind) for kind in _GROUPS):  # one by one: Dynamo takes no tuple of opaque types
                 group = a
             else:
                 rest.append(a)
@@ -88,8 +89,8 @@ def takes_handles(fn: Callable[..., T]) -> Callable[..., T]:
 
 # --- groups kept under an attribute of _KEPT ----------------------------------------------------------------------
 
-# The functions below run while torch.compile traces, and their results are constants to it. They return names: Dynamo
-# guards on an object that it finds by a name, and refuses to look into one that a constant function returns.
+# The functions below run while torch.compile traces, and their results are constants to it. They return names, since
+# Dynamo guards on an object that it finds by name, but refuses to look into one that a constant function returns.
 
 _KEPT = SimpleNamespace()
 _PLACES: dict[str, str] = {}

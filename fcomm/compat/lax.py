@@ -5,10 +5,10 @@
 
 Names, options and defaults are JAX's (0.10), and so is the meaning; derivatives are those of check_vma=False. x may be
 a pytree of tuples, lists, dicts and None; leaves may be tensors, arrays and Python numbers. Where JAX takes a sequence
-of names, these take a sequence of groups, whose ranks count row by row, the last group fastest; pargmax, pargmin and
-ragged_all_to_all take one group. Over an empty sequence reductions, all_gather and psum_scatter return x. With
-axis_index_groups every rank receives what all ranks have and uses that of its block; a group of those ranks, by
-fcomm.subgroup, sends less.
+of names, these take a sequence of groups, whose ranks are numbered row by row, the last group fastest; pargmax, pargmin
+and ragged_all_to_all take one group. Over an empty sequence reductions, all_gather and psum_scatter return x. With
+axis_index_groups every rank receives the values of all ranks and uses those of its block; a group of those ranks, made
+by fcomm.subgroup, sends less.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Tree = Any
 Groups = Group | Sequence[Group]
 Blocks = Sequence[Sequence[int]] | None
 _NUMBERS = (bool, int, float, complex)
-# Batched, torch has index_select of no others; indexing, which is slower, it has of all but bits.
+# Batched, torch has no index_select for other dtypes; slower indexing works for all except bits.
 _SELECTED = frozenset(REDUCED) - {torch.uint16, torch.uint32, torch.uint64, *FLOAT8}
 
 
@@ -60,7 +60,7 @@ def pmean(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks
     def leaf(v: Any) -> Any:
         v = v if isinstance(v, _NUMBERS) else _array(v)
         if unequal or isinstance(v, _NUMBERS) or not (v.is_floating_point() or v.is_complex()):
-            if isinstance(v, Tensor) and v.is_floating_point() and v.dtype.itemsize < 4:  # rounded once, as elsewhere
+            if isinstance(v, Tensor) and v.is_floating_point() and v.dtype.itemsize < 4:  # round once, as elsewhere
                 return (psum(v.float(), group, backend, axis_index_groups=axis_index_groups) / n).to(v.dtype)
             return psum(v, group, backend, axis_index_groups=axis_index_groups) / n
         return _fold("pmean", v, group, backend, "mean", axis_index_groups)
@@ -81,7 +81,7 @@ def pmin(x: Tree, group: Groups, backend: Backend, *, axis_index_groups: Blocks 
 def _extremum(name: str, x: Tree, group: Groups, backend: Backend, op: str, axis_index_groups: Blocks) -> Tree:
     def leaf(v: Any) -> Any:
         if isinstance(v, _NUMBERS):
-            _size(name, group, backend, axis_index_groups)  # refuses what is wrong
+            _size(name, group, backend, axis_index_groups)  # raises for invalid arguments
             return v
         return _fold(name, _array(v), group, backend, op, axis_index_groups)
 
@@ -200,7 +200,7 @@ def all_to_all(
 def _all_to_all_over(
     x: Tensor, groups: tuple[Group, ...], backend: Backend, split_dim: int, concat_dim: int, tiled: bool
 ) -> Tensor:
-    """One exchange for each group, along a dimension of its own: rows[i, j] goes to rank (i, j)."""
+    """One exchange per group, each along its own dimension: rows[i, j] goes to rank (i, j)."""
     sizes = [g.size for g in groups]
     n = math.prod(sizes)
     _check_rows("all_to_all", groups, x, split_dim, tiled)
@@ -246,7 +246,7 @@ def ragged_all_to_all(
                 "needs one number for each slice, the same count for every rank"
             )
         of_each = v.reshape(n, -1)
-        if axis_index_groups is not None:  # nothing to and from the ranks of other blocks
+        if axis_index_groups is not None:  # nothing goes to or comes from the ranks of other blocks
             members, _ = _block("ragged_all_to_all", group, backend, axis_index_groups)
             of_each = v.new_zeros(group.size, v.shape[0] // n).index_copy(0, members.to(v.device), of_each)
         columns.append(of_each.unbind(1))
@@ -258,7 +258,7 @@ def ragged_all_to_all(
 def ppermute(x: Tree, group: Groups, backend: Backend, perm: Iterable[tuple[int, int]]) -> Tree:
     """Send x along the (source, destination) pairs of perm; a rank that is not a destination gets zeros.
 
-    Over several groups every rank receives all x, and keeps that of its source.
+    Over several groups every rank receives every x, and keeps that of its source.
     """
     try:
         pairs = [(source, destination) for source, destination in perm]
@@ -290,7 +290,7 @@ def pshuffle(x: Tree, group: Groups, backend: Backend, perm: Sequence[int]) -> T
 
 
 def pswapaxes(x: Tree, group: Groups, backend: Backend, axis: int, *, axis_index_groups: Blocks = None) -> Tree:
-    """Swap the ranks with an axis of their number: all_to_all(x, .., axis, axis)."""
+    """Swap the ranks with an axis of length n: all_to_all(x, .., axis, axis)."""
     return all_to_all(x, group, backend, axis, axis, axis_index_groups=axis_index_groups)
 
 
@@ -311,7 +311,7 @@ def pbroadcast(x: Tree, group: Groups, backend: Backend, source: int) -> Tree:
 
 
 def pvary(x: Tree, group: Groups, backend: Backend) -> Tree:
-    """A replicated value enters per-rank use: the identity, whose cotangents add up."""
+    """Let a replicated value enter per-rank use: the identity, whose cotangents are summed over the ranks."""
 
     def leaf(v: Any) -> Tensor:
         x = _array(v)
@@ -323,7 +323,7 @@ def pvary(x: Tree, group: Groups, backend: Backend) -> Tree:
 
 
 def pcast(x: Tree, group: Groups, backend: Backend, *, to: str) -> Tree:
-    """pvary, for to="varying"; the other casts of JAX are between types that fcomm does not track."""
+    """pvary, for to="varying"; JAX's other casts are between types that fcomm does not track."""
     if to != "varying":
         raise ArgumentError(f"pcast: to is {to!r}; only 'varying' has a meaning here")
     return pvary(x, group, backend)
@@ -367,7 +367,7 @@ def _some_groups(name: str, group: Groups) -> tuple[Group, ...]:
 
 
 def _joint(groups: tuple[Group, ...]) -> Group:
-    """What stands for several groups in checks of ranks."""
+    """A group that stands for several ones in checks of ranks."""
     if len(groups) == 1:
         return groups[0]
     return Group(" and ".join(g.name for g in groups), tuple(range(math.prod([g.size for g in groups]))), None, True)
@@ -392,7 +392,7 @@ def _canonical(name: str, option: str, dim: int, x: Tensor, group: Groups, new: 
 
 
 def _select(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    """x.index_select, where torch has that."""
+    """x.index_select, or indexing where torch lacks that."""
     index = index.to(x.device)
     return x.index_select(dim, index) if x.dtype in _SELECTED else x.movedim(dim, 0)[index].movedim(0, dim)
 
@@ -419,14 +419,14 @@ _REDUCTIONS = ("psum", "pmean", "pmax", "pmin")
 
 
 def _size(name: str, group: Groups, backend: Backend, blocks: Blocks) -> int:
-    """Number of ranks that take part with this one; as in JAX, of the first block where they differ in length."""
+    """Number of ranks that take part with this one; as in JAX, that of the first block if their lengths differ."""
     n = math.prod([g.size for g in _groups(name, group)])
     if blocks is None:
         return n
     _some_groups(name, group)
     try:
         lengths, ranks = {len(block) for block in blocks}, sorted(checks.integer(r) for block in blocks for r in block)
-    except TypeError:  # no list of lists
+    except TypeError:  # not a list of lists
         lengths, ranks = {0}, []
     if ranks != list(range(n)) or 0 in lengths:
         raise ArgumentError(
@@ -438,7 +438,7 @@ def _size(name: str, group: Groups, backend: Backend, blocks: Blocks) -> int:
 
 
 def _block(name: str, group: Groups, backend: Backend, blocks: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The ranks of this rank's block, and this rank's place among them, of shape (1,)."""
+    """The ranks of this rank's block, and this rank's position among them, of shape (1,)."""
     _size(name, group, backend, blocks)
     of = {int(r): [int(member) for member in block] for block in blocks for r in block}
     index = axis_index(group, backend).reshape(1)

@@ -13,8 +13,9 @@
     all_to_all, all_to_all_sp2hp, all_to_all_hp2sp    all_to_all                all_to_all back
 
 Names, arguments and their order are Megatron's, read in its source. Where Megatron takes group, these take group and
-backend, as keywords or anywhere among the positional arguments: f(x, group, backend) works for all. A rank alone gets a
-copy of its input, whatever the sizes. There is no default group, and Megatron's autograd.Functions are not here.
+backend, as keywords or anywhere among the positional arguments: f(x, group, backend) works for all. In a group of one,
+the result is a copy of the input, whatever the sizes. There is no default group, and Megatron's autograd.Functions are
+not here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fcomm.group import Backend, Group
 
 
 def _region(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """takes_handles; a rank alone gets a copy of its input, also of a number, which has no dim to cut."""
+    """takes_handles; in a group of one the result is a copy of the input, which may then have no dim to cut."""
     arguments = inspect.signature(fn)
 
     @takes_handles
@@ -92,8 +93,8 @@ def gather_from_sequence_parallel_region(
 ) -> Tensor:
     """Slices of the first dim become the whole; use_global_buffer has no effect.
 
-    tensor_parallel_output_grad: the whole goes into a parallel region, where each rank's cotangent differs; False: all
-    ranks go on identically.
+    tensor_parallel_output_grad: True if the whole goes into a parallel region, where each rank's cotangent differs;
+    False if all ranks go on identically.
     """
     if tensor_parallel_output_grad:
         return fcomm.all_gather(input_, group, backend, sizes=output_split_sizes)

@@ -1,6 +1,6 @@
 """FastVideo's and vLLM's PyNcclCommunicator, and PyHcclCommunicator: collectives into the caller's tensors.
 
-What is written into a tensor has no derivative, as there; compat.fastvideo has the functions that have one.
+As in the originals, results written into a tensor have no derivative; compat.fastvideo has functions that do.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ SUM = dist.ReduceOp.SUM
 class PyNcclCommunicator:
     """The collectives of a group of processes for tensors of one device.
 
-    group: a StatelessProcessGroup, or all that funcol takes; ranks count within it. backend: by default fcomm.nccl on
-    cuda, fcomm.hccl on npu, else fcomm.c10d. library_path: of another NCCL or HCCL. stream: the call runs on it, by
-    default on the current one. Disabled, as a group of one rank is at first, it does nothing and returns None. Elements
-    count, not shapes, but for all_gatherv and reduce_scatterv, whose sizes are rows.
+    group: a StatelessProcessGroup, or anything that funcol takes; ranks are numbered within it. backend: by default
+    fcomm.nccl on cuda, fcomm.hccl on npu, else fcomm.c10d. library_path: that of a different NCCL or HCCL. stream: the
+    call runs on it, by default on the current one. When disabled, as it initially is for a group of one, it does
+    nothing and returns None. Only numbers of elements matter, not shapes, except in all_gatherv and reduce_scatterv,
+    whose sizes are rows.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class PyNcclCommunicator:
     def all_reduce(
         self, in_tensor: Tensor, op: ReduceOp = SUM, stream: Any = None, *, out_tensor: Tensor | None = None
     ) -> Tensor | None:
-        """Fold in_tensor over the group: into out_tensor, by default a new one."""
+        """Fold in_tensor over the group, into out_tensor or by default into a new tensor."""
         if self.disabled:
             return None
         out = torch.empty_like(in_tensor) if out_tensor is None else out_tensor
@@ -116,7 +117,7 @@ class PyNcclCommunicator:
         root: int = 0,
         stream: Any = None,
     ) -> None:
-        """sizes[r] rows of rank root's input_tensor to every rank r; the others' is not read."""
+        """Send sizes[r] rows of rank root's input_tensor to each rank r; that of the others is not read."""
         if self.disabled:
             return
         lengths = checks.canonical_sizes("scatter", "sizes", sizes, self._group)
@@ -139,7 +140,7 @@ class PyNcclCommunicator:
         self._fill(tensor, tensor.numel(), stream, fcomm.broadcast, tensor, src=src)
 
     def send(self, tensor: Tensor, dst: int, stream: Any = None) -> None:
-        """Send tensor to rank dst; does not wait for it."""
+        """Send tensor to rank dst; does not wait for that rank."""
         if not self.disabled:
             with torch.no_grad(), self._on(stream):
                 fcomm.send(tensor.reshape(-1), self._group, self._backend, dst=dst)
@@ -162,7 +163,7 @@ class PyNcclCommunicator:
         self.available, self.disabled = False, True
 
     def group_start(self) -> None:
-        """Nothing to do: a send waits for nobody."""
+        """Nothing to do: a send does not wait."""
 
     def group_end(self) -> None:
         """Nothing to do."""

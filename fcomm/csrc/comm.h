@@ -162,8 +162,7 @@ fcomm_status look_for_poison(fcomm_comm &c);
 fcomm_status poison(fcomm_comm &c, fcomm_status reason, int culprit, std::uint32_t round);
 
 // Move buffered messages forward: those of c, whose lock the caller holds, and of every other communicator of this
-// process that no other thread is in. A rank that waits on one group may be awaited on another. True while any are
-// left.
+// process that no other thread is in. A rank that waits on one group may be awaited on another. True if any are left.
 bool progress(fcomm_comm &c);
 // Whether any communicator of this process may have buffered messages.
 bool in_line();

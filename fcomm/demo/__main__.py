@@ -1,7 +1,7 @@
-"""python -m fcomm.demo: train the model twice, compare, and say so with the exit status.
+"""python -m fcomm.demo: train the model twice, compare, and report the outcome by the exit status.
 
-The ranks are processes that this one starts; under torchrun, MPI or Slurm they are the launcher's; with --backend sim
-they are simulated, all in this process, by the same functions.
+The ranks are processes that this one starts or, under torchrun, MPI or Slurm, that the launcher has started. With
+--backend sim they are all simulated in this process, by the same functions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fcomm.group import BACKENDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 if both runs are one training, 1 if not, 2 for a wrong command line."""
+    """Run the demo; return 0 if both runs train alike, 1 if not, 2 for a wrong command line."""
     options, parser = _options(argv)
     launched = launcher_place(os.environ) is not None
     world = fcomm.init(timeout_s=600) if launched else None

@@ -78,7 +78,7 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
 def parallel_loss(
     params: Params, tokens: Tensor, target: Tensor, model: Model, tp: fcomm.Group, backend: fcomm.Backend
 ) -> Tensor:
-    """The same loss, on every rank of tp, by this rank's part of the parameters."""
+    """The same loss, on every rank of tp, from this rank's part of the parameters."""
     x = layers.vocab_parallel_embedding(tokens, params["embed"], tp, backend, seq_dim=1)
     x = x + fcomm.shard(params["position"], tp, backend)
     for i in range(model.blocks):

@@ -15,7 +15,7 @@ TOLERANCE = 1e-4
 
 
 def progress(title: str, steps: int, *, show: bool = True) -> Callable[[int, float], None]:
-    """A function that shows each step's loss: on one line of a terminal, in some ten lines of a file."""
+    """A function that shows each step's loss: on one line of a terminal, or in about ten lines of a file."""
     terminal, begin = sys.stdout.isatty(), time.perf_counter()
     if show:
         print(f"{title}: compiling the train step ...", end="" if terminal else "\n", flush=True)
@@ -65,7 +65,7 @@ def _listed(calls: Counter[str]) -> str:
 
 
 def passed(dense: Run, parallel: Run) -> bool:
-    """Whether the two runs are one training."""
+    """Whether the two runs train alike."""
     # Written so that NaN fails.
     same = all(e <= TOLERANCE for e in differences(dense, parallel))
     return same and dense.graph_breaks + parallel.graph_breaks == 0

@@ -17,7 +17,7 @@ def standard_library() -> Tensor:
 
 
 def batches(batch: int, sequence: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (tokens, target), each [batch, sequence]; target is the next byte. A seed always gives the same ones."""
+    """Endless (tokens, target), each [batch, sequence]; target is the next byte. One seed gives the same batches."""
     text = standard_library()
     generator = torch.Generator().manual_seed(seed)
     while True:

@@ -28,7 +28,7 @@ def start(params: Params) -> State:
 
 
 def train_step(loss: Loss, rate: float = 1e-3) -> Callable[[State, Tensor, Tensor], tuple[State, Tensor]]:
-    """One step of Adam. Not a word about ranks: what must be communicated for the gradient is in loss's derivative."""
+    """One step of Adam. It does not mention ranks: the communication for the gradient is in loss's derivative."""
 
     def step(state: State, tokens: Tensor, target: Tensor) -> tuple[State, Tensor]:
         grads, value = torch.func.grad_and_value(loss)(state["params"], tokens, target)
@@ -46,7 +46,7 @@ def train_step(loss: Loss, rate: float = 1e-3) -> Callable[[State, Tensor, Tenso
 
 @dataclass
 class Run:
-    """What a training run was like. seconds: of each step; the first compiles. graphs: should be 1."""
+    """The course of a training run. seconds: of each step; the first one compiles. graphs: should be 1."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Run:
     backward: Counter[str] = field(default_factory=Counter)
 
     def tokens_per_second(self, tokens: int) -> float:
-        """For a step of so many tokens, compilation left out."""
+        """The rate for steps of that many tokens, without compilation."""
         return tokens / median(self.seconds[1:] or self.seconds)
 
 

@@ -10,8 +10,8 @@
     gpt.py        a worked model: a small GPT under dp x sp x tp; gpt_loss, init_params, cut, own_tokens
     diffusion.py  a worked model: diffusion_block, a transformer block whose patches are cut over the ranks
 
-Each module's text says which tensor lives where, and what is communicated. Parameters are arguments: put them in an
-nn.Module, in a dict for torch.func.functional_call, or in a vmapped ensemble.
+Each module's docstring says which tensor lives where, and what is communicated. Parameters are arguments: put them in
+an nn.Module, in a dict for torch.func.functional_call, or in a vmapped ensemble.
 """
 
 from fcomm.layers.attend import Attend, dot_product_attention, fused_attention

@@ -1,4 +1,4 @@
-"""Attention on one rank: the plain function that the parallel ones bring their heads and positions to."""
+"""Attention on one rank: the plain functions that the parallel ones apply to the heads and positions they collect."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Attend(Protocol):
 def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(C)) v in plain operations, so that every transform of torch works on it.
 
-    q: [B S H C]. k, v: [B T K C]; key head h serves query heads h*H/K and on. causal: position s sees t <= s.
-    Scores are in q's dtype: a row with one beyond float16's range is NaN, where fused_attention's is not.
+    q: [B S H C]. k, v: [B T K C]; key head h serves the H/K query heads from h*H/K on. causal: position s sees t <= s.
+    Scores are in q's dtype: a row with a score beyond float16's range becomes NaN, unlike in fused_attention.
     Raises ArgumentError if H is not a multiple of K.
     """
     check_heads("dot_product_attention", q, k)
@@ -32,14 +32,14 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> T
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """The same by torch's scaled_dot_product_attention: less memory and time, first derivatives only."""
+    """The same by torch's scaled_dot_product_attention: less memory and time, but only first derivatives."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
 
 
 def check_heads(name: str, q: Tensor, k: Tensor) -> None:
-    """Raise unless each key head can serve as many query heads as the others."""
+    """Raise unless every key head serves the same number of query heads."""
     heads, key_heads = q.shape[2], k.shape[2]
     if heads != key_heads and (key_heads == 0 or heads % key_heads):
         raise ArgumentError(
@@ -59,5 +59,5 @@ def causal_mask(length: int, device: torch.device) -> Tensor:
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """[B S K C] -> [B S heads C]: each key head as often as query heads use it."""
+    """[B S K C] -> [B S heads C]: each key head once for each query head that uses it."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)

@@ -6,7 +6,7 @@ Three ways, by where a parameter and its gradient live. In all of them a rank co
 
     loss = all_reduce_invariant(own_loss, group, backend, op="mean")
 
-is the loss of the whole batch, whose derivative puts 1/n on every rank. What adds the ranks' gradients is:
+is the loss of the whole batch, whose derivative is 1/n for each rank's own loss. What adds the ranks' gradients:
 
     parameter                    in front of the model                          backward             bytes per rank
     replicated, pure function    params = replicate(params, ..)                 1 all_reduce         2(n-1)/n P
@@ -14,10 +14,10 @@ is the loss of the whole batch, whose derivative puts 1/n on every rank. What ad
     sharded, 1/n on each rank    params = gather_parameters(shards, ..)         1 reduce_scatter     2(n-1)/n P: half
                                                                                                      of it forward
 
-The second way leaves the loss to each rank: own gradients, then their mean. The third is stage 3 of ZeRO (Rajbhandari
-et al.): all_gather forward, and since its derivative is reduce_scatter, each rank gets the sum of its own share only,
-which its own share of the optimiser's state updates. With torch.utils.checkpoint around a block that begins with
-gather_parameters, backward gathers again, and no rank ever holds more than a block.
+In the second way each rank differentiates its own loss, and the mean of the gradients follows. The third is stage 3 of
+ZeRO (Rajbhandari et al.): all_gather forward and, since its derivative is reduce_scatter, each rank gets the summed
+gradient of its own share only, which its share of the optimiser's state updates. With torch.utils.checkpoint around a
+block that begins with gather_parameters, backward gathers again, and no rank ever holds more than a block.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fcomm.group import Backend, Group
 
 
 def replicate(params: Iterable[Tensor], group: Group, backend: Backend) -> list[Tensor]:
-    """Replicated parameters enter per-rank use: pvary of a list, whose gradients are added in one message per dtype.
+    """Let replicated parameters enter per-rank use: pvary of a list, gradients added in one message per dtype.
 
         rank 0  [a] [b]      [a] [b]                     backward   [a0 + a1] [b0 + b1]
         rank 1  [a] [b]  ->  [a] [b]                                [a0 + a1] [b0 + b1]
@@ -43,7 +43,7 @@ def replicate(params: Iterable[Tensor], group: Group, backend: Backend) -> list[
     params: tensors of any shapes and dtypes, the same on all ranks; the results are copies in the same order.
     Traffic: none forward, one all_reduce per dtype backward, 2(n-1)/n of the bytes per rank.
     """
-    params = list(params)  # a module's parameters() can be gone through once
+    params = list(params)  # a module's parameters() can be iterated over only once
     varying = list(params)
     for dtype in dict.fromkeys(p.dtype for p in params):
         places = [i for i, p in enumerate(params) if p.dtype == dtype]
@@ -64,7 +64,7 @@ def shard_parameters(params: Iterable[Tensor], group: Group, backend: Backend) -
         rank 0  [a b c]      [a b]
         rank 1  [a b c]  ->  [c 0]
 
-    No traffic; a derivative, rarely wanted here, gathers.
+    No traffic; its derivative, rarely needed, gathers.
     """
     checks.is_group("shard_parameters", group)
     return [shard(pad(p.reshape(-1), (0, -p.numel() % group.size)), group, backend) for p in params]
@@ -73,14 +73,14 @@ def shard_parameters(params: Iterable[Tensor], group: Group, backend: Backend) -
 def gather_parameters(
     shards: Iterable[Tensor], shapes: Iterable[Sequence[int]], group: Group, backend: Backend
 ) -> list[Tensor]:
-    """The whole parameters of which every rank holds a share, for the ranks' own examples.
+    """The whole parameters, of which every rank holds a share, for use on the ranks' own examples.
 
         rank 0  [a b]      [a b c]                       backward   share 0 of the sum of both ranks' gradients
         rank 1  [c 0]  ->  [a b c]                                  share 1
 
-    shards: as shard_parameters gave them; shapes: of the whole parameters.
+    shards: as returned by shard_parameters; shapes: those of the whole parameters.
     Traffic: one all_gather per dtype forward, one reduce_scatter backward, (n-1)/n of the whole bytes per rank each.
-    Raises ArgumentError if the shards are not those of parameters of these shapes.
+    Raises ArgumentError if the shards do not belong to parameters of these shapes.
     """
     checks.is_group("gather_parameters", group)
     shards, shapes = list(shards), list(shapes)

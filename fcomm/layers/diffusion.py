@@ -1,4 +1,4 @@
-"""A diffusion transformer block under sequence parallelism: a worked model, for video whose patches are very many.
+"""A diffusion transformer block under sequence parallelism: a worked model, for video with very many patches.
 
     B  batch    S  patches    L  text tokens    D  width    H  heads    C  head width    F  hidden    n  group.size
 
@@ -9,11 +9,12 @@ meet in attention, where every rank has all tokens and its own heads:
                                                                                            attend -> and back again
     text     q k v [3B L   H C]  -> shard, own heads                    ->  [3B L H/n C] /
 
-The 4-D all_to_all(split_dim=2, concat_dim=1) and its inverse are the whole communication of the patches; the text's
-result is all_gather_invariant over heads. The types say what the gradients need: patch parameters and the conditioning
-vector meet other patches on every rank, so they enter by replicate, and their gradients are added up in one message;
-text parameters do the same work on all ranks, so their gradients are whole already, and adding them or dividing by n
-would be wrong. Traffic per block: 2 all_to_alls and 1 all_gather, and backward the same and 1 all_reduce.
+The 4-D all_to_all(split_dim=2, concat_dim=1) and its inverse are all the communication of the patches; the text's
+result is all_gather_invariant over heads. The kinds of values say what the gradients need. Patch parameters and the
+conditioning vector meet different patches on every rank, so they enter by replicate, and their gradients are added up
+in one message. Text parameters do the same work on all ranks, so their gradients are already complete, and adding them
+or dividing by n would be wrong. Traffic per block: 2 all_to_alls and 1 all_gather, and backward the same and 1
+all_reduce.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def diffusion_block(
 ) -> tuple[Tensor, Tensor]:
     """Modulated joint attention, then a modulated MLP, in both streams.
 
-    patches: [B S/n D]. text: [B L D] and cond: [B D], the same on all ranks, as all parameters are. Of each stream:
+    patches: [B S/n D]. text: [B L D] and cond: [B D], the same on all ranks, as all parameters are. For each stream:
     modulation [6D D], qkv [3 H C D], out [D H C], up [F D], down [D F]. Results: the two streams.
     """
     own_cond, *own = replicate([cond, *(patch_params[name] for name in STREAM)], group, backend)
@@ -105,7 +106,7 @@ def _modulated(x: Tensor, change: Change) -> Tensor:
 
 
 def patch_positions(own: int, width: int, group: Group, backend: Backend) -> Tensor:
-    """[own width]: sines and cosines of this rank's positions, rank * own and on, float64."""
+    """[own width]: sines and cosines of this rank's positions, which begin at rank * own, float64."""
     position = axis_index(group, backend) * own + torch.arange(own)
     angle = position.unsqueeze(1) * 1e4 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     return torch.cat([angle.sin(), angle.cos()], 1)

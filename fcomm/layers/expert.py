@@ -8,16 +8,16 @@
     weight, expert = route(x, router, group, backend, k=2)
     y = moe_ragged(x, weight, expert, up, down, group, backend)            up [e F D], down [e D F]
 
-All take x [T D], what route gave for it, and this rank's experts, and return the tokens' weighted sums [T D]. They
-differ in how the tokens travel, hence in what is on the host, and in what is dropped:
+All take x [T D], route's results for it, and this rank's experts, and return the tokens' weighted sums [T D]. They
+differ in how the tokens travel, hence in what the host must know, and in what is dropped:
 
     function        sizes of messages         tokens            exchanges forward              rows of a rank's experts
     moe_capacity    fixed: c of each expert   over c: dropped   2 all_to_all                   E c
     moe_ragged      tensors, on the device    all kept          2 ragged_all_to_all, 3 small   room for n k T
     moe_uneven      on the host: counts       all kept          2 uneven all_to_all            those that came
 
-Backward: the same exchanges the other way, and the router's gradient is all-reduced, for it meets other tokens on each
-rank. Integers have no derivative, so the small exchanges of sizes are not repeated.
+Backward: the same exchanges the other way, and the router's gradient is all-reduced, since it meets different tokens on
+each rank. Integers have no derivative, so the small exchanges of sizes are not repeated.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def moe_capacity(
     checks.is_group("moe_capacity", group)
     experts = group.size * up.shape[0]
     slot = _slots(expert, experts, capacity)
-    # One box too many, for what is dropped.
+    # One additional box, for what is dropped.
     boxes = x.new_zeros(experts * capacity + 1, x.shape[1]).index_add(0, slot.reshape(-1), _copies(x, expert))
     boxes = boxes[:-1].unflatten(0, (experts, capacity))
     boxes = all_to_all(boxes, group, backend, split_dim=0, concat_dim=1)
@@ -82,7 +82,7 @@ def moe_capacity(
 
 
 def _slots(expert: Tensor, experts: int, capacity: int) -> Tensor:
-    """[T k]: the place of each choice in [E c], E*c if it is dropped."""
+    """[T k]: the position of each choice in [E c], or E*c if it is dropped."""
     chosen = expert.T.reshape(-1)
     hot = _one_hot(chosen, experts)
     place = (hot.cumsum(0) * hot).sum(1) - 1
@@ -104,13 +104,13 @@ def moe_ragged(
 ) -> Tensor:
     """Every token reaches its experts; sizes stay on the device, so there is no host synchronisation here.
 
-    (A backend without a ragged exchange of its own does one inside ragged_all_to_all.)
-    rows: how many rows this rank has room for; left out, n k T, which is the most that can come where every rank has T
-    tokens. Where their numbers differ, pass k times the sum of them: a rank does not know the others'. More than fit is
-    an ArgumentError in processes, on the rank that lacks the room; simulated ranks, which cannot raise for data, lose
+    (A backend without its own ragged exchange makes one inside ragged_all_to_all.)
+    rows: how many rows this rank has room for; by default n k T, the most that can come if every rank has T tokens. If
+    their numbers differ, pass k times their sum: a rank does not know those of the others. If more rows come, the rank
+    that lacks the room raises ArgumentError in processes; simulated ranks, which cannot raise depending on data, lose
     them.
-    experts: the local experts, by default masked_experts. Traffic: k T D elements each way; besides, counts and places
-    of n or E integers.
+    experts: the local experts, by default masked_experts.
+    Traffic: k T D elements each way, and counts and positions of n or E integers.
     """
     checks.is_group("moe_ragged", group)
     n, local = group.size, up.shape[0]
@@ -119,14 +119,14 @@ def moe_ragged(
     counts = all_to_all(counts, group, backend).reshape(n, local)
     recvs = counts.sum(1)
     starts, landed = sends.cumsum(0) - sends, recvs.cumsum(0) - recvs
-    # At each receiver my rows come after those of the ranks before me.
+    # At each receiver this rank's rows come after those of lower ranks.
     landing = scan(sends, group, backend, exclusive=True)
     room = x.new_zeros(n * expert.numel() if rows is None else rows, x.shape[1])
-    if n == 1 and not group.simulated and len(room) < expert.numel():  # nothing is sent, so nothing below refuses it
+    if n == 1 and not group.simulated and len(room) < expert.numel():  # nothing is sent: nothing below refuses it
         raise _no_room(group, len(room))
     try:
         there = ragged_all_to_all(_copies(x, expert, order), room, starts, sends, landing, recvs, group, backend)
-    except ArgumentError as error:  # all else about the arguments is this function's own
+    except ArgumentError as error:  # everything else about the arguments was checked here
         raise _no_room(group, len(room)) from error
     which = _which(counts.reshape(-1), room.shape[0], local)
     there = (experts or masked_experts)(there, which, up, down)
@@ -156,9 +156,9 @@ def moe_uneven(
 ) -> Tensor:
     """Every token reaches its experts, by messages whose sizes the host knows.
 
-    counts: counts[r][j] rows go from rank r to expert j, the same on all ranks: expert_counts(..).tolist(), the one
-    host synchronisation. No room is wasted; but the sizes are part of the program: compiled, each counts is a graph of
-    its own. Traffic: k T D elements each way. Raises ArgumentError if counts is not n rows of E numbers.
+    counts: counts[r][j] rows go from rank r to expert j, the same on all ranks: expert_counts(..).tolist(), the only
+    host synchronisation. No room is wasted, but the sizes are part of the program: when compiled, each counts has a
+    graph of its own. Traffic: k T D elements each way. Raises ArgumentError if counts is not n rows of E numbers.
     """
     checks.is_group("moe_uneven", group)
     n, local = group.size, up.shape[0]
@@ -183,21 +183,21 @@ def expert_counts(expert: Tensor, experts: int, group: Group, backend: Backend) 
 
 
 def masked_experts(rows: Tensor, which: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Each expert works on all rows, and keeps its own: e times the arithmetic, in plain operations of fixed shape.
+    """Each expert computes all rows and keeps its own: e times the arithmetic, in plain operations of fixed shape.
 
-    Where it matters, pass a grouped matrix product of the machine instead.
+    If that matters, pass the machine's grouped matrix product instead.
     """
     y = torch.zeros_like(rows)
     for j in range(up.shape[0]):
         other = (which != j).unsqueeze(1)
-        # Twice: a row that is inf times a cotangent of zero, or zero times a weight that is inf, would be NaN.
+        # Masked twice: an infinite row times a zero cotangent, or zero times an infinite weight, would be NaN.
         hidden = F.gelu(F.linear(rows.masked_fill(other, 0.0), up[j]))
         y = y + F.linear(hidden, down[j]).masked_fill(other, 0.0)
     return y
 
 
 def _sorted(expert: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The choices ordered by expert, and how many there are of each."""
+    """The choices ordered by expert, and how many fell on each."""
     chosen = expert.reshape(-1)
     return chosen.argsort(stable=True), _one_hot(chosen, experts).sum(0)
 
@@ -210,13 +210,13 @@ def _which(segments: Tensor, rows: int, local: int) -> Tensor:
 
 
 def _copies(x: Tensor, expert: Tensor, order: Tensor | None = None) -> Tensor:
-    """A row for each choice of each token, in the order given or, for boxes, the choices' own."""
+    """A row for each choice of each token, in the order given or, for boxes, in the order of the choices."""
     k = expert.shape[1]
     return x.repeat_interleave(k, 0) if order is None else x.index_select(0, order // k)
 
 
 def _combined(rows: Tensor, weight: Tensor, order: Tensor, x: Tensor) -> Tensor:
-    """The weighted sum of each token's rows, which lie in the order given."""
+    """The weighted sum of each token's rows, which are in the given order."""
     rows = rows * weight.reshape(-1).index_select(0, order).unsqueeze(1)
     return torch.zeros_like(x, dtype=rows.dtype).index_add(0, order // weight.shape[1], rows)
 

@@ -58,7 +58,7 @@ class GPT:
     hidden: int = 64
 
     def tp_dims(self) -> dict[str, int | None]:
-        """For each parameter the dimension that is cut over tp; None: replicated."""
+        """The dimension of each parameter that is cut over tp; None if it is replicated."""
         inner = {f"{i}.{name}": dim for i in range(self.blocks) for name, dim in _BLOCK.items()}
         return {"embed": 0, "position": None, **inner, "norm": None}
 

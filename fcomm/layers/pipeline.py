@@ -10,13 +10,13 @@
                              .  F0 F1 .  B0 F2 B1 F3 B2 .  B3 .          rank r holds n - r micro-batches, not M
                              .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .
 
-Both idle for (n-1) of (M+n-1) ticks; gpipe's forward has n-1 runs of a stage before them. What moves from stage to
-stage is one micro-batch's activations, M times forward and M times backward, and no line below says how a cotangent
-travels: in gpipe the derivative of ppermute is the inverse ppermute; in one_f_one_b that of send receives, and that of
+Both idle for (n-1) of (M+n-1) ticks; gpipe's forward has n-1 additional runs of a stage before them. Activations of one
+micro-batch move from stage to stage, M times forward and M times backward. No line below says how a cotangent travels:
+in gpipe the derivative of ppermute is the inverse ppermute; in one_f_one_b the derivative of send receives, and that of
 recv sends.
 
     gpipe          one differentiable function, the same program on all ranks: simulated, in processes, compiled
-    one_f_one_b    in processes: each rank has a program of its own, so there is no simulated axis of it
+    one_f_one_b    in processes only: each rank has its own program, so it cannot run on a simulated axis
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ def gpipe(stage: Callable[[Tensor], Tensor], micro: Tensor, group: Group, backen
         rank 0  micro [M ..]      zeros [M ..]
         rank 1  ignored       ->  stage 1(stage 0(micro)) [M ..]
 
-    stage: this rank's stage, [..] -> [..] of one shape. In ticks without a micro-batch it runs on the first one that it
-    gets, and nobody reads the result; so micro-batch 0 passes all stages before tick 0 too, without a derivative.
-    stage must not depend on how often it is called. torch.utils.checkpoint around it keeps its inputs only.
+    stage: this rank's stage, [..] -> [..] of one shape. In ticks without a micro-batch it runs on the first input that
+    it gets, and nobody reads the result. For that, micro-batch 0 also passes through all stages before tick 0, without
+    a derivative. stage must not depend on how often it is called. torch.utils.checkpoint around it keeps only its
+    inputs.
     Traffic: n-1 ppermutes of a micro-batch to one rank, then M+n-2 ppermutes to all; backward M+n-2.
     Raises ArgumentError if there is no micro-batch.
     """
@@ -52,7 +53,7 @@ def gpipe(stage: Callable[[Tensor], Tensor], micro: Tensor, group: Group, backen
         raise ArgumentError(f"gpipe: micro has shape {tuple(micro.shape)}; stack at least one micro-batch in dim 0")
     n, count = group.size, micro.shape[0]
     rank = axis_index(group, backend).to(micro.device)
-    # Elsewhere than on its own inputs a stage may have a derivative of NaN, which times a cotangent of zero is NaN.
+    # On inputs other than its own, a stage's derivative may be NaN, and NaN times a zero cotangent is NaN.
     with torch.no_grad():
         idle = arrived = micro[0]
         for r in range(1, n):
@@ -81,7 +82,7 @@ def from_last(x: Tensor, group: Group, backend: Backend) -> Tensor:
     return all_reduce_invariant(torch.where(last, x, 0.0), group, backend)
 
 
-# vjp differentiates inside all the same; outside, what requires grad would keep the graphs of all micro-batches.
+# vjp still differentiates inside; outside, tensors that require grad would keep the graphs of all micro-batches alive.
 @torch.no_grad()
 def one_f_one_b(
     stage: Callable[[Params, Tensor], Tensor],
@@ -93,15 +94,16 @@ def one_f_one_b(
     *,
     in_flight: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of the micro-batches' losses, on all ranks, and its gradient by this rank's params.
+    """The sum of the micro-batches' losses, on all ranks, and its gradient with respect to this rank's params.
 
-    The sum is float32, or float64 where micro is. The gradient has the floating and complex params; others, such as a
-    counter, reach stage only. Both are constants for what is differentiated outside.
+    The sum is float32, or float64 if micro is. The gradient is for floating and complex params; others, such as a
+    counter, are only passed to stage. Both results are constants for outer derivatives.
 
     stage(params, x): this rank's stage, [..] -> [..] of one shape. loss(y, m): one number, of shape (), for the last
-    stage's result for micro-batch m; called on the last rank only. micro: [M ..], the first rank's are used, all have
-    one shape.
-    in_flight: micro-batches whose backward is outstanding; left out, n - rank, which is 1F1B; M is GPipe's order.
+    stage's result for micro-batch m; called only on the last rank. micro: [M ..]; the first rank's are used, but all
+    must have one shape.
+    in_flight: the number of micro-batches whose backward is outstanding; by default n - rank, which is 1F1B; M gives
+    GPipe's order.
     Traffic: M sends and M recvs of a micro-batch's bytes each way, and one all_reduce of the loss.
     Raises ArgumentError on a simulated axis, and if loss returns anything but one number.
     """
@@ -130,7 +132,7 @@ def one_f_one_b(
         pending.append((result, pull))
 
     def backward() -> None:
-        # Off the last rank the result is send's token: its pull waits for the cotangent, and recv's sends it on.
+        # Except on the last rank, the result is send's token: its pull waits for the cotangent, and recv's sends it on.
         result, pull = pending.popleft()
         part, _ = pull(torch.ones_like(result))
         for name, g in part.items():

@@ -1,4 +1,4 @@
-"""Sequence parallelism: every rank of `group` has its own positions of one long sequence, and attention needs all.
+"""Sequence parallelism: every rank of `group` has its own positions of one long sequence, but attention needs all.
 
     B  batch    S  positions    H  query heads    K  key heads (H a multiple of K)    C  a head's width    n  group.size
 
@@ -14,11 +14,11 @@ Three ways to let S/n positions attend to S. All take q [B S/n H C] and k, v [B 
     usp_attention, u x r  2 all_to_all of u,  the same   (u-1)/u (2H + 2K)  +  (r-1) 2K
                           r-1 ppermute of r
 
-Ulysses (Jacobs et al., "DeepSpeed Ulysses") sends less but needs heads to share out; a ring (Liu et al., "Ring
-Attention") has no such limit, and a step holds scores of (S/n)^2 only. A causal mask hides half of all blocks, and a
-plain ring computes them for nothing; zigzag gives each rank a block from the front and one from the back, and at each
-step every rank computes a visible half. The derivatives are the collectives' own: all_to_all backwards, and a ring that
-turns the other way. Backward keeps the weights of every step; under torch.utils.checkpoint it keeps q, k, v only.
+Ulysses (Jacobs et al., "DeepSpeed Ulysses") sends less but needs heads to distribute; a ring (Liu et al., "Ring
+Attention") has no such limit, and a step holds only (S/n)^2 scores. A causal mask hides half of all blocks, and a plain
+ring computes them for nothing. zigzag gives each rank a block from the front and one from the back, so that at each
+step every rank computes a visible half. The derivatives are those of the collectives: all_to_all backwards, and a ring
+that turns the other way. Backward keeps the weights of every step; under torch.utils.checkpoint it keeps only q, k, v.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from fcomm.layers.attend import (
 
 
 def partition(length: int, n: int) -> list[int]:
-    """length in n parts that differ by one at most, the longer ones first: partition(7, 3) == [3, 2, 2]."""
+    """length in n parts that differ by at most one, the longer ones first: partition(7, 3) == [3, 2, 2]."""
     return [length // n + (r < length % n) for r in range(n)]
 
 
@@ -66,10 +66,11 @@ def ulysses_attention(
         rank 0  [B S/n H C]      [B S H/n C]            [B S H/n C]      [B S/n H C]
         rank 1  [B S/n H C]  ->  [B S H/n C]  attend ->  [B S H/n C]  ->  [B S/n H C]
 
-    q, k, v: see the module. sizes: how many positions each rank has, where they differ (on a simulated axis all are
-    padded to the longest). n need not divide H or K: query heads go out by partition(H, n), each with the key head it
+    q, k, v: see the module. sizes: how many positions each rank has, if they differ (on a simulated axis all are padded
+    to the longest). n need not divide H or K: query heads are sent out by partition(H, n), each with the key head it
     uses, which may go to two ranks.
-    attend: on one rank, or over another group. Traffic: one all_to_all for q, k and v together, one for the result.
+    attend: attention on one rank, or over another group. Traffic: one all_to_all for q, k and v together, one for the
+    result.
     Raises ArgumentError if sizes do not fit q or the group, or H is not a multiple of K.
     """
     checks.is_group("ulysses_attention", group)
@@ -108,7 +109,7 @@ def _key_heads(own: Sequence[int], r: int, share: int) -> slice:
 def _own_heads(
     own: Sequence[int], used: Sequence[slice], share: int, group: Group, backend: Backend
 ) -> tuple[Tensor, ...]:
-    """Where a rank's query heads, and the key and value head of each, are among the heads it received."""
+    """The positions of a rank's query heads, and of their key and value heads, among the heads it received."""
     width = max(own) if group.simulated else own[group.rank or 0]
     places = []
     for r, keys in enumerate(used):
@@ -116,21 +117,21 @@ def _own_heads(
         q = [*range(own[r])]
         k = [own[r] + (first + i) // share - keys.start for i in q]
         v = [i + keys.stop - keys.start for i in k]
-        # Simulated ranks have one shape: a rank with fewer heads repeats its first, which nobody reads.
+        # Simulated ranks have one shape: a rank with fewer heads repeats its first head, which nobody reads.
         places.append([(heads + [0] * width)[:width] for heads in (q, k, v)])
     return own_row(torch.tensor(places, dtype=torch.int64), axis_index(group, backend)).unbind(0)
 
 
 def own_row(table: Tensor, index: Tensor) -> Tensor:
-    """table[index], which would ask a simulated rank for its number on the host."""
+    """table[index], without indexing, which would need a simulated rank's number on the host."""
     return table.index_select(0, index.reshape(1)).squeeze(0)
 
 
 # --- ring ---------------------------------------------------------------------------------------------------------
 
 # Attention to some of the keys: the weighted mean of the values [B H S C], the sum of the weights [B H S 1], and the
-# score that all weights are relative to [B H S 1]. Where two parts meet, the lower one is scaled to the higher (online
-# softmax). The values are a mean, and the sums are in float32 for half types: over many positions a sum may be beyond
+# score that all weights are relative to [B H S 1]. When two parts are merged, the lower one is scaled to the higher
+# (online softmax). The values are a mean, and half types sum in float32, because over many positions a sum may exceed
 # float16's range.
 Part = tuple[Tensor, Tensor, Tensor]
 
@@ -146,16 +147,16 @@ def ring_attention(
     zigzag: bool = False,
     sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """Attention in which keys and values travel: after step i a rank has seen those of the i ranks before it.
+    """Attention in which keys and values travel: by step i a rank has seen those of the i ranks before it.
 
                 step 0        1        2
         rank 0  q0: k0 v0     k2 v2    k1 v1
         rank 1  q1: k1 v1     k0 v0    k2 v2
         rank 2  q2: k2 v2     k1 v1    k0 v0
 
-    q, k, v: see the module. sizes: how many positions each rank has (at least 1), where they differ; all ranks pad to
-    the longest with whatever they like, and the padding's results mean nothing. zigzag: with causal, the whole sequence
-    is cut into 2n blocks and rank r has blocks r and 2n-1-r, as in x[:, zigzag_order(S, n)] cut in n.
+    q, k, v: see the module. sizes: how many positions each rank has (at least 1), if they differ; all ranks pad to the
+    longest with arbitrary values, and the results at the padding are meaningless. zigzag: with causal, the whole
+    sequence is cut into 2n blocks and rank r has blocks r and 2n-1-r, as in x[:, zigzag_order(S, n)] cut in n.
     Traffic: n-1 ppermutes of k and v together.
     Raises ArgumentError if sizes do not fit q or the group, zigzag=True and the 2n blocks are not equal, or H is not a
     multiple of K.
@@ -177,7 +178,7 @@ def ring_attention(
     n, rank = group.size, axis_index(group, backend).to(q.device)
     lengths = None if sizes is None else torch.tensor(sizes, device=q.device)
     if lengths is not None:
-        # A mask of the scores is not enough: their weight is zero, and zero times what padding holds may be NaN.
+        # Masking the scores is not enough: their weight is zero, but zero times the padding's values may be NaN.
         padding = (_positions(q) >= own_row(lengths, rank)).reshape(-1, 1, 1)
         q, k, v = (x.masked_fill(padding, 0.0) for x in (q, k, v))
     kv = torch.stack([k, v])
@@ -206,11 +207,11 @@ def zigzag_order(length: int, n: int) -> Tensor:
 
 
 def _zigzag_step(seen: Part, q: Tensor, kv: Tensor, *, earlier: Tensor) -> Part:
-    """One block of keys, of a rank that is earlier in the sequence or later (earlier: a bool tensor).
+    """One block of keys, from a rank that is earlier in the sequence or later (earlier: a bool tensor).
 
     Of rank r's halves (r, 2n-1-r) and the source's (s, 2n-1-s), the later half of q always sees the earlier half of k.
-    Besides, if s < r, the earlier half of q sees it too; if s > r, the later half of q sees the later half of k. Either
-    way two quarters of the scores, without a mask, and without control flow that depends on the rank.
+    In addition, if s < r, the earlier half of q sees it too; if s > r, the later half of q sees the later half of k.
+    Either way that is two quarters of the scores, without a mask and without control flow that depends on the rank.
     """
     front, back = ((a, b, c) for a, b, c in zip(*(x.chunk(2, 2) for x in seen), strict=True))
     q_front, q_back = q.chunk(2, 1)
@@ -227,7 +228,7 @@ def _part(q: Tensor, kv: Tensor, visible: Tensor | None) -> Part:
     scores = attention_scores(q, k).to(torch.promote_types(q.dtype, torch.float32))
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
-    # The result does not depend on it: it only keeps exp in range. So it has no derivative.
+    # The result does not depend on this value, which only keeps exp in range. So it has no derivative.
     highest = scores.detach().amax(-1, keepdim=True)
     weights = (scores - highest).exp()
     total = weights.sum(-1, keepdim=True)
@@ -249,7 +250,7 @@ def _positions(x: Tensor) -> Tensor:
 
 
 def _own_mask(q: Tensor, causal: bool, lengths: Tensor | None, rank: Tensor) -> Tensor | None:
-    """What a position sees of its own rank's: with zigzag too, positions of a rank are in order."""
+    """What a position sees of its own rank's positions, which are in order, with zigzag too."""
     mask = causal_mask(q.shape[1], q.device) if causal else None
     if lengths is not None:
         real = (_positions(q) < own_row(lengths, rank)).expand(q.shape[1], -1)

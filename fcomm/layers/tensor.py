@@ -20,9 +20,9 @@ Outside, between leave and the next enter, values live in one of two ways:
     1         1 all_gather         1 all_gather                            (n-1)/n of each: 2(n-1)/n in all,
               1 reduce_scatter     1 reduce_scatter                        and 1/n of the memory outside
 
-The second way is called sequence parallelism: norms, dropout and residuals then work on S/n positions. A parameter
-that is replicated there (a bias, a norm's weight) meets other positions on each rank, so it enters by pvary and its
-gradient is the sum over the ranks; in the first way all ranks compute the one gradient, and it needs nothing. No
+The second way is called sequence parallelism: norms, dropout and residuals then work on S/n positions. A parameter that
+is replicated there (a bias, a norm's weight) meets different positions on each rank, so it enters by pvary and its
+gradient is the sum over the ranks. In the first way all ranks compute the same gradient, and it needs nothing. No
 gradient is ever scaled by n. The counts are those of Korthikanti et al., "Reducing Activation Recomputation in Large
 Transformer Models".
 
@@ -48,7 +48,7 @@ def enter(x: Tensor, group: Group, backend: Backend, *, seq_dim: int | None = No
     """The whole of x, for a use that differs by rank: pvary, or all_gather along seq_dim.
 
     x: [.., S, ..] invariant, or [.., S/n, ..] at seq_dim. Result: [.., S, ..].
-    Backward: all_reduce, or reduce_scatter: what the ranks' uses ask for adds up.
+    Backward: all_reduce, or reduce_scatter: the cotangents of the ranks' uses add up.
     """
     return pvary(x, group, backend) if seq_dim is None else all_gather(x, group, backend, dim=seq_dim)
 
@@ -88,7 +88,7 @@ def row_linear(
 
     bias: [D], the same on all ranks, or None; it is added once, after the sum. seq_dim: the result is [B S/n D].
     Traffic: all_reduce forward, none backward; with seq_dim reduce_scatter forward, all_gather backward, and the
-    gradient of bias is all-reduced, since each rank adds it to other positions.
+    gradient of bias is all-reduced, since each rank adds it to different positions.
     """
     y = leave(F.linear(x, weight), group, backend, seq_dim=seq_dim)
     if bias is None:
@@ -109,7 +109,7 @@ def vocab_parallel_embedding(
     Traffic: all_reduce forward, none backward; with seq_dim reduce_scatter forward, all_gather backward.
     """
     row, mine = _own_entries(tokens, weight.shape[0], group, backend)
-    # masked_fill, not a product: the row looked up in vain may be inf or NaN, and so may the token's cotangent.
+    # masked_fill, not a product: a row that was looked up in vain may be inf or NaN, and so may its cotangent.
     own = F.embedding(row, weight).masked_fill(~mine.unsqueeze(-1), 0.0)
     return leave(own, group, backend, seq_dim=seq_dim)
 
@@ -128,15 +128,16 @@ def vocab_parallel_cross_entropy(
         rank 0  logits [B S V/n], target [B S]      loss [B S]
         rank 1  logits [B S V/n], target [B S]  ->  loss [B S]
 
-    target: integers, the same on all ranks. The result is invariant. vocab: the number of real entries where V is
-    padded to a multiple of n; later logits count as -inf. ignore_index: where target is this, the loss and the gradient
-    of the logits are 0, as in torch.nn.functional.cross_entropy; None: nowhere. .mean() counts these positions, too.
-    Any other target outside 0 .. vocab - 1 (V - 1 without vocab) gives loss and gradient NaN, on every rank: an error
-    would wait for the device. (Megatron takes such a target's logit for the maximum: a finite loss.)
+    target: integers, the same on all ranks. The result is invariant. vocab: the number of real entries if V is padded
+    to a multiple of n; later logits count as -inf. ignore_index: where target is this, the loss and the gradient of the
+    logits are 0, as in torch.nn.functional.cross_entropy; with None, nowhere. .mean() counts these positions too. Any
+    other target outside 0 .. vocab - 1 (V - 1 without vocab) makes loss and gradient NaN on every rank: raising an
+    error would have to wait for the device. (Megatron uses the maximum as such a target's logit, which gives a finite
+    loss.)
     Two all_reduces of [B S] forward, none backward: one takes the maximum, which only keeps exp in range and has no
-    derivative; one sums two rows, sum(exp(logits - max)) and the target's logit - max, which one rank has, half types
-    in float32.
-    Raises TypeError if target is not of integers, as probabilities are not, ArgumentError if it has another shape.
+    derivative; one sums two rows, sum(exp(logits - max)) and the target's logit - max, which one rank has; half types
+    are summed in float32.
+    Raises TypeError if target is not an integer tensor (probabilities, say), ArgumentError if it has another shape.
     """
     if target.is_floating_point() or target.is_complex():
         raise TypeError(
@@ -148,7 +149,7 @@ def vocab_parallel_cross_entropy(
             f"vocab_parallel_cross_entropy: target has shape {tuple(target.shape)} and logits {tuple(logits.shape)}; "
             "pass one target for each position, logits without its last dim"
         )
-    target = target.long()  # what gather takes; and ignore_index may not fit into a narrow type
+    target = target.long()  # gather requires it, and ignore_index may not fit into a narrow type
     row, mine = _own_entries(target, logits.shape[-1], group, backend)
     if vocab is not None:
         entry = axis_index(group, backend).to(target.device) * logits.shape[-1] + _arange(logits.shape[-1], target)
@@ -156,9 +157,9 @@ def vocab_parallel_cross_entropy(
     highest = all_reduce(logits.detach().amax(-1), group, backend, op="max")
     shifted = logits - highest.unsqueeze(-1)
     own_target = shifted.gather(-1, row.unsqueeze(-1)).squeeze(-1)
-    # masked_fill, not a product: the entry looked up in vain may be the -inf of a padded one.
+    # masked_fill, not a product: an entry that was looked up in vain may be the -inf of the padding.
     own_target = own_target.masked_fill(~mine, 0.0)
-    # In float32: the sum over a large vocabulary may be beyond float16's range.
+    # In float32: the sum over a large vocabulary may exceed float16's range.
     wide = torch.promote_types(logits.dtype, torch.float32)
     rows = torch.stack([shifted.exp().sum(-1, dtype=wide), own_target.to(wide)])
     total, target_logit = all_reduce_invariant(rows, group, backend).unbind(0)
@@ -167,12 +168,12 @@ def vocab_parallel_cross_entropy(
     if ignore_index is not None:
         ignored = target == ignore_index
         loss, wrong = loss.masked_fill(ignored, 0.0), wrong & ~ignored
-    # A product, not masked_fill, whose gradient would be 0 where the loss is NaN.
+    # A product, because masked_fill's gradient would be 0 where the loss is NaN.
     return loss * torch.where(wrong, torch.nan, 1.0).to(loss.dtype)
 
 
 def _own_entries(entry: Tensor, length: int, group: Group, backend: Backend) -> tuple[Tensor, Tensor]:
-    """Where each entry of the vocabulary is in this rank's part, 0 where it is not, and whether it is."""
+    """The position of each vocabulary entry in this rank's part, 0 if it is not there, and whether it is there."""
     row = entry - axis_index(group, backend).to(entry.device) * length
     mine = (row >= 0) & (row < length)
     return torch.where(mine, row, 0), mine

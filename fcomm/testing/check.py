@@ -34,8 +34,8 @@ class Case:
     shape: size -> shape of x on each rank.
     aux: size -> further tensors, each with the ranks stacked in its leading dimension; no derivative by them.
     values: "normal", "ties" (few distinct values), "zeros" (some exact zeros), "integers".
-    dtype: of x.  replicated: "x" and "y" as in fcomm.define.
-    sizes: the numbers of ranks that it has a meaning on; what loops over cases reads it, check_case does not.
+    dtype: that of x.  replicated: "x" and "y" as in fcomm.define.
+    sizes: the numbers of ranks on which it has a meaning; loops over cases read this, check_case does not.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """Its name in the names of tests and in what check_case returns."""
+        """The case's name in the names of tests and in check_case's result."""
         return f"{self.name}-{self.label}" if self.label else self.name
 
     @property
@@ -114,7 +114,7 @@ _JACOBIANS = ("jacrev", "jacfwd", "hessian", "reverse hessian")
 
 
 def reason_to_leave_out(case: Case, transform: str, simulated: bool, compiled: bool) -> str | None:
-    """Why a cell of the matrix is empty, or None: it is checked."""
+    """Why a cell of the matrix is empty; None if it is checked."""
     rule = TRANSFORMS[transform]
     if rule.differentiates and not case.differentiable:
         return f"{case.dtype} has no derivative"
@@ -128,7 +128,7 @@ def reason_to_leave_out(case: Case, transform: str, simulated: bool, compiled: b
 
 
 def _beyond_the_compiler(case: Case, transform: str) -> str | None:
-    """What torch.compile cannot do under simulate, with or without a collective: test_limits.py shows each."""
+    """What torch.compile cannot do under simulate, with or without a collective; test_limits.py shows each case."""
     has_product = case.values in ("ties", "zeros") or case.name == "axis_index"
     if transform == "hessian" or (transform == "jacfwd" and has_product):
         return "torch does not compile vmap of jacfwd of a product with a constant; reverse hessian is compiled"
@@ -157,12 +157,12 @@ def check_case(
     compiler: str | None = None,
     device: str = "cpu",
 ) -> list[str]:
-    """Run transforms of one case on this rank of a live group, or on a simulated axis; return what came out wrong.
+    """Run transforms of one case on this rank of a live group, or on a simulated axis; return what was wrong.
 
-    compiler: None for eager, or a torch.compile backend; all transforms are then one program, compiled with
+    compiler: None for eager, or a torch.compile backend; all transforms are then one program compiled with
     fullgraph=True, which takes half the time of one program each.
     device: where the programs' tensors are; the oracle's are on the CPU.
-    Raises ArgumentError for transforms and values that are not known, and compiled, what the compiler raises.
+    Raises ArgumentError for unknown transforms and values and, if compiled, whatever the compiler raises.
     """
     if not isinstance(case, Case):
         raise TypeError(f"check_case: case is {case!r}; pass a Case, or call check_collective")
@@ -176,7 +176,7 @@ def check_case(
         try:
             results = _results(case, backend, group, some, values, compiler, device)
         except Exception as error:
-            if compiler:  # its report is pages long, and the whole program's
+            if compiler:  # its report is pages long and about the whole program
                 raise
             failures.append(f"{where}: {', '.join(some)}, {how}, raised {type(error).__name__}: {error}")
             continue
@@ -190,7 +190,7 @@ def check_case(
 
 
 def _refuse_unknown(function: str, name: str, **options: tuple[Iterable[str], Iterable[str]]) -> None:
-    """options: what is given and what is known."""
+    """Raise for unknown options, given as pairs: what was passed and what is known."""
     for option, (given, known) in options.items():
         if isinstance(given, str):
             raise TypeError(f"{function}: {option} is {given!r}; pass a list of names")
@@ -262,12 +262,12 @@ def check_collective(
     compiler: str | None = None,
     timeout_s: float = 120.0,
 ) -> None:
-    """Check every rule of a collective of one tensor: raise AssertionError with all that differs from the oracle.
+    """Check every rule of a collective of one tensor; raise AssertionError with all differences from the oracle.
 
     what: its name, or the record that fcomm.define returned.
     backend: fcomm.sim, or a backend on which `size` processes are started; they import the module of the record's spec.
-    params: the record's static parameters; left out, dims are 0, bools True, op "sum", ranks 0, lists None.
-    shape: of x on each rank; left out, (2 * size, 3).
+    params: the record's static parameters; by default dims are 0, bools True, op "sum", ranks 0, lists None.
+    shape: that of x on each rank; by default (2 * size, 3).
     Raises ArgumentError for what it cannot check.
     """
     record = RECORDS.get(what) if isinstance(what, str) else what
@@ -310,7 +310,7 @@ def check_collective(
 def _shape_failures(
     record: Record, params: Mapping[str, Any], shape: Sequence[int], values: str, dtype: torch.dtype, group: Group
 ) -> list[str]:
-    """The shape rule serves the compiler alone, which believes it: compare it with what the meaning returns."""
+    """Compare the shape rule with the meaning's results: only the compiler uses it, and does not check it."""
     ys = record.spec([draw(shape, values, dtype, rank) for rank in range(group.size)], **params)
     said = tuple(record.shape(torch.Size(shape), group, **params)), record.dtype or dtype
     is_ = tuple(ys[0].shape), ys[0].dtype
@@ -336,7 +336,7 @@ def _check_on_rank(world: Group, described: Any, backend: str, transforms: Seque
 def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """fcomm.run for tests: fn(world, *args) on `size` processes; every rank's list of failures must be empty.
 
-    fn may return anything else, which comes back in rank order.
+    fn may also return anything else; the results come back in rank order.
     """
     results = run(fn, size, *args, timeout_s=timeout_s)
     failures = [f"rank {r}: {text}" for r, texts in enumerate(results) if isinstance(texts, list) for text in texts]

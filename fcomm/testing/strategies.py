@@ -1,4 +1,4 @@
-"""hypothesis strategies of what collectives take: groups, dims, permutations, block sizes, and awkward tensors.
+"""hypothesis strategies for what collectives take: groups, dims, permutations, block sizes, and awkward tensors.
 
     @given(strategies.groups().flatmap(lambda g: st.tuples(st.just(g), strategies.perms(g.size))))
     def test_ppermute(group_and_perm): ...
@@ -61,14 +61,14 @@ def perms(draw: st.DrawFn, size: int, partial: bool = True) -> list[tuple[int, i
 
 @st.composite
 def block_sizes(draw: st.DrawFn, size: int, longest: int = 3, smallest_total: int = 0) -> list[int]:
-    """One block length for each rank, as `sizes` of all_gather and reduce_scatter; zeros occur."""
+    """One block length for each rank, like `sizes` of all_gather and reduce_scatter; zeros occur."""
     lengths = draw(st.lists(st.integers(0, longest), min_size=size, max_size=size))
     lengths[-1] += max(0, smallest_total - sum(lengths))
     return lengths
 
 
 def send_matrices(size: int, longest: int = 3) -> st.SearchStrategy[list[list[int]]]:
-    """Row s: the lengths that rank s sends to each rank, as `send_sizes` of all_to_all; rows and columns differ."""
+    """Row s: the lengths that rank s sends to each rank, like `send_sizes` of all_to_all; rows and columns differ."""
     row = st.lists(st.integers(0, longest), min_size=size, max_size=size)
     return st.lists(row, min_size=size, max_size=size)
 
@@ -84,7 +84,7 @@ def routes(draw: st.DrawFn, size: int, sent_rows: int, longest: int = 2) -> tupl
     sends = torch.tensor(draw(send_matrices(size, longest)), dtype=torch.int64).reshape(size, size)
     starts = torch.tensor(draw(send_matrices(size, max(0, sent_rows - longest))), dtype=torch.int64).reshape(size, size)
     gaps = torch.tensor(draw(send_matrices(size, 1)), dtype=torch.int64).reshape(size, size)
-    # At a receiver, which is a column, the slices lie one after the other, each after its gap.
+    # At a receiver (a column) the slices lie one after the other, each after its gap.
     landing = (gaps + sends).cumsum(0) - sends
     rows = int((gaps + sends).sum(0).max()) + draw(st.integers(0, 1))
     return rows, (starts, sends, landing, sends.T.contiguous())
@@ -106,7 +106,7 @@ def tensors(
     """Tensors of a shape (or of shapes()), a dtype, a kind of values, and a layout.
 
     values: "normal"; "ties", few distinct values; "zeros", half of them exact zeros; "nan", NaN and infinities among
-        normal ones; "extremes", the largest and smallest the dtype has. Integers and bool have no NaN and get "ties".
+        normal ones; "extremes", the dtype's largest and smallest. Integers and bool have no NaN and get "ties".
     layouts: "transposed", "gaps" (every other element of a larger tensor), "offset" (into its storage), "expanded"
         (stride 0), "overlapping" (as_strided onto itself), "conjugate" (complex) and "negative" (real) with that bit
         set. A layout that the shape or dtype cannot have is "contiguous".
@@ -123,11 +123,11 @@ def valued(shape: Sequence[int], values: str, dtype: torch.dtype, seed: int) -> 
     numeric = dtype.is_floating_point or dtype.is_complex
     if values == "extremes" and dtype != torch.bool:
         info = torch.finfo(dtype) if numeric else torch.iinfo(dtype)
-        # Half of a float's range, so that the difference of two is finite and a sum of two is not always.
+        # Half of a float's range, so that the difference of two is finite, but a sum not always.
         largest = info.max / 2 if numeric else info.max
         choice = draw_values(shape, "ties", torch.float64, seed)
         table = torch.tensor([info.min / 2 if numeric else info.min, 0, largest], dtype=dtype)
-        # Bytes are gathered, since indexing has no kernel for some dtypes.
+        # Gather the bytes, since indexing has no kernel for some dtypes.
         rows = table.view(torch.uint8).reshape(3, dtype.itemsize)[choice.long().reshape(-1)]
         return rows.reshape(-1).view(dtype).reshape(tuple(shape))
     if not numeric or values in ("ties", "zeros"):
@@ -141,14 +141,14 @@ def valued(shape: Sequence[int], values: str, dtype: torch.dtype, seed: int) -> 
 
 
 def _drawable(dtype: torch.dtype) -> torch.dtype:
-    """The dtype whose random numbers are drawn: torch has none of the narrow and the unsigned ones."""
+    """The dtype whose random numbers are drawn: torch draws none of narrow and unsigned dtypes."""
     if dtype in FLOAT8:
         return torch.float32
     return torch.int64 if dtype in INTEGERS else dtype
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
-    """x in one of LAYOUTS: the same values, but for "expanded" and "overlapping", which repeat some of them."""
+    """x in one of LAYOUTS: the same values, except that "expanded" and "overlapping" repeat some of them."""
     if layout == "transposed" and x.dim() > 1:
         return x.movedim(0, -1).contiguous().movedim(-1, 0)
     if layout == "gaps" and x.dim() > 0:
@@ -164,7 +164,7 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
     if layout == "conjugate" and x.dtype.is_complex:
         return x.conj().resolve_conj().conj()
     if layout == "negative" and x.dtype in (torch.float32, torch.float64):
-        # The imaginary part of a conjugate is the stored number with the negative bit.
+        # The imaginary part of a conjugate view is the stored number with the negative bit set.
         return torch.view_as_complex(pad(-x[..., None], (1, 0))).conj().imag
     return x
 

@@ -1,8 +1,8 @@
-"""What each transform of torch does with a collective on one rank, and what must come out on all of them.
+"""What each transform of torch does with a collective on one rank, and what the result must be on all of them.
 
 A transform is a pair. Its program runs on every rank, where derivatives are the hand-written rules; its oracle runs
-once, on the stack of all ranks' values, where derivatives are torch's own, of the executable meaning. x is the
-argument, ct a cotangent, t a tangent. Simulated or in processes, eager or compiled, the program must return the
+once, on the stack of all ranks' values, where derivatives are torch's own derivatives of the executable meaning. x is
+the argument, ct a cotangent, t a tangent. Simulated or in processes, eager or compiled, the program must return the
 oracle's rows.
 """
 
@@ -23,7 +23,7 @@ Map = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Meaning:
-    """A collective as one function of all ranks' values, in differentiable torch without its rules.
+    """A collective as one function of all ranks' values, in differentiable torch, without its rules.
 
     fn: the stack of x -> the stack of y, [size, ..] both. A replicated x (y) is one value instead, without the stack.
     """
@@ -55,8 +55,8 @@ class Transform:
     """program(f, x, ct, t) on one rank; oracle(meaning, x, ct, t) -> the rows of all ranks.
 
     differentiates: whether it asks for a derivative.
-    nests: whether it runs under another transform. simulate is one, so a transform that does not is put around it.
-    around_compiled: whether torch.compile takes what the program is given, and not the whole program.
+    nests: whether it runs under another transform. simulate is one, so a transform that does not nest is put around it.
+    around_compiled: whether torch.compile gets the function that is passed to the program, not the whole program.
     """
 
     program: Callable[[Map, Tensor, Tensor, Tensor], Any]
@@ -85,7 +85,7 @@ def _push(f: Map, x: Tensor, t: Tensor) -> Tensor:
 
 
 def _examples(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two different examples for vmap, made elementwise so that they serve a rank and the stack of ranks."""
+    """Two different examples for vmap, made elementwise so that they work for a rank and for the stack of ranks."""
     return x, ~x if x.dtype == torch.bool else 2 * x + 1
 
 
@@ -124,7 +124,7 @@ def _jacfwd_oracle(m: Meaning, x: Tensor, ct: Tensor, t: Tensor) -> Tensor:
 
 
 def _hessian_oracle(m: Meaning, x: Tensor, ct: Tensor, t: Tensor) -> Tensor:
-    """The Hessian by all ranks' values is symmetric: pulls are pushes, and need the gradient's graph once."""
+    """The Hessian over all ranks' values is symmetric: pulls equal pushes, and need the gradient's graph only once."""
     like, pull = _one_x(m, x), vjp(grad(_loss(m.fn)), x)[1]
     return _columns([m.rows_x(pull(m.spread_x(e))[0]) for e in _basis(like)], like.shape)
 
