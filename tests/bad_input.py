@@ -1,4 +1,4 @@
-"""Calls that collectives refuse, and in which words: the table of test_errors.py."""
+"""Calls that collectives refuse, and the error texts: the table of test_errors.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def nested() -> Tensor:
     return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 
 
-# How each collective is given a tensor that none takes.
+# A call of each collective with a tensor that none of them accepts.
 WITH: dict[str, Any] = {
     **{name: getattr(fcomm, name) for name in (
         "all_reduce", "all_reduce_invariant", "scan", "reduce", "broadcast", "pvary", "shard", "gather", "scatter",
@@ -40,7 +40,7 @@ WITH: dict[str, Any] = {
 
 
 # Texts name function, argument, value, group and remedy. The group is 'world' of size 2; on the simulated axis of that
-# name and size they are the same. "{group}" stands for the group's repr, "{backend}" for the backend's.
+# name and size the texts are the same. "{group}" stands for the group's repr, "{backend}" for the backend's.
 BAD: list[tuple[Call, type[Exception], str]] = [
     # dims
     (
@@ -354,7 +354,7 @@ BAD: list[tuple[Call, type[Exception], str]] = [
         "reduce_scatter_coalesced: op is 'band'; choose one of sum, mean, max, min, prod",
     ),
     (
-        # Before the first dtype is sent.
+        # Refused before the first dtype is sent.
         lambda g, b: fcomm.all_reduce_coalesced([INTS, X], g, b, op="bor"),
         TypeError,
         "all_reduce_coalesced: op 'bor' is defined on integers and bool, on every backend, but x is torch.float32; "
@@ -501,7 +501,7 @@ BAD: list[tuple[Call, type[Exception], str]] = [
     ),
 ]
 
-# What only processes, and only a simulated axis, get wrong.
+# Calls that are wrong only in processes, or only on a simulated axis.
 BAD_IN_PROCESSES: list[tuple[Call, type[Exception], str]] = [
     (
         lambda g, b: fcomm.all_reduce(X, g, fcomm.sim),

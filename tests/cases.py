@@ -32,7 +32,7 @@ def _case(
     return Case(name, label, call, shape, replicated=RECORDS[name].replicated, **rest)
 
 
-# Where one rank makes the case a constant.
+# For cases that are constant on one rank.
 SEVERAL = (2, 3, 4)
 
 
@@ -71,12 +71,12 @@ def _uneven_all_gather(x: Tensor, group: fcomm.Group, backend: fcomm.Backend) ->
 
 
 def _own(x: Tensor, sizes: Sequence[int], dim: int, group: fcomm.Group) -> Tensor:
-    """In processes a rank holds its own length of the padded x that simulated ranks hold."""
+    """In processes a rank holds only its own length of the padded x that simulated ranks hold."""
     return x if group.simulated else x.narrow(dim, 0, sizes[group.rank or 0])
 
 
 def _padded(y: Tensor, sizes: Sequence[int], dim: int, group: fcomm.Group) -> Tensor:
-    """And its result is padded as theirs, to be compared."""
+    """The result, padded like those of simulated ranks, so that the two can be compared."""
     if group.simulated:
         return y
     width = [0, 0] * (y.dim() - 1 - dim) + [0, max(sizes) - y.shape[dim]]
@@ -126,7 +126,7 @@ def _routes(n: int) -> tuple[Tensor, ...]:
     """
     sizes = torch.tensor(sends(n)).reshape(n, n) % 3
     starts = torch.arange(n)[None, :].expand(n, n) % 2
-    # Where rank s's rows land at rank r: after those of ranks before s, with one untouched row in front.
+    # Where rank s's rows land at rank r: after those of lower ranks, with one untouched row in front.
     landing = 1 + sizes.cumsum(0) - sizes
     return starts.contiguous(), sizes, landing, sizes.T.contiguous()
 

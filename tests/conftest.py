@@ -1,6 +1,6 @@
-"""What all tests share: doubles that are built, and survivors' time to report.
+"""What all tests share: building the doubles, and the time that survivors have to report.
 
-And the cells of the matrix (tests/matrix.py) that a run has checked, which it writes to out/matrix.md.
+It also writes the cells of the matrix (tests/matrix.py) that a run has checked to out/matrix.md.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ CHECKED: set[Cell] = set()
 LACKING: list[Cell] = []
 OUT = Path(__file__).parent.parent / "out"
 
-# Else each rank of each test that compiles imports it anew, which takes longer than most of them.
+# Otherwise each rank of each compiling test imports it again, which takes longer than most of these tests.
 launch._PRELOAD += ["torch._dynamo", "torch._inductor.compile_fx"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Build the doubles once and here: a rank that had to would keep others waiting, and take its test's time."""
+    """Build the doubles here, once: a rank that had to do it would keep others waiting, and use up its test's time."""
     if not hasattr(config, "workerinput") and not config.option.collectonly and build.compiler() is not None:
-        with suppress(subprocess.CalledProcessError):  # their own tests will say so
+        with suppress(subprocess.CalledProcessError):  # their own tests will report it
             build.directory()
 
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a rank has failed, the others have time to find out, and to write it down, on a busy machine too."""
+    """Give ranks time to find out that another has failed, and to write it down, even on a busy machine."""
     monkeypatch.setattr(launch, "_GRACE_S", 20.0)
 
 

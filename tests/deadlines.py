@@ -1,4 +1,4 @@
-"""Short deadlines of calls on groups that have long ones to open, and ranks that wait for each other beside a group."""
+"""Short deadlines for calls on groups with a long deadline to open, and a way to wait for ranks outside a group."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from fcomm.rendezvous import Live, live
 
 
 def hasten(group: Group, backend: Backend, timeout_s: float) -> None:
-    """Open group on backend with the deadline that it was made with, and call a barrier there; later calls have this
-    deadline. Ranks come together as late as they like, and then have to be quick."""
+    """Open group on backend with its original deadline, and call a barrier there; later calls have this deadline.
+
+    So ranks may come together late, but must be quick from then on.
+    """
     map_ = shm_opening._map
 
     def hasty(owner: Live, *args: Any) -> Any:
@@ -30,11 +32,11 @@ def hasten(group: Group, backend: Backend, timeout_s: float) -> None:
 
 
 def tell(group: Group, what: object) -> None:
-    """Let ranks of group go on that wait for this in wait_for_word."""
+    """Let ranks of group that wait for this in wait_for_word go on."""
     live(group).store.set(f"test/{what}", "")
 
 
 def wait_for_word(group: Group, *words: object) -> None:
-    """Until ranks have told all of these, without a call on group."""
+    """Wait until ranks have told all of these, without a call on group."""
     if not wait_for_keys(live(group).store, [f"test/{what}" for what in words], 60):
         raise AssertionError(f"nobody told {words}")

@@ -18,12 +18,12 @@ from fcomm import layers
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer, its dense counterpart, and how the counterpart's tensors lie over the ranks.
+    """A layer, its dense counterpart, and how the counterpart's tensors are laid out over the ranks.
 
     parallel(*parts, group, backend) -> y on one rank.  dense(*wholes) -> y, or dense(*wholes, n=n).
-    args: n -> the whole tensors.  dims: the dim of each that is cut over the ranks, None if all ranks have it.
+    args: n -> the whole tensors.  dims: the dim of each that is cut over the ranks, None if all ranks have the whole.
     out: the dim of y that is cut, None if y is the same on all ranks.
-    forward, backward: n -> {collective: calls}, of the layer and of its vjp.
+    forward, backward: n -> {collective: calls}, for the layer and for its vjp.
     """
 
     id: str
@@ -51,7 +51,7 @@ def differentiable(args: Sequence[Tensor]) -> list[int]:
 
 
 def of_floats(fn: Callable[..., Tensor], args: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """fn as a function of its float arguments alone."""
+    """fn as a function of its float arguments only."""
     places = differentiable(args)
 
     def of(*floats: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def value_and_vjp(fn: Callable[..., Tensor], args: Sequence[Tensor], ct: Tensor)
 
 @dataclass(frozen=True)
 class Expected:
-    """What all ranks must give: rows of every result, and the rows of the arguments and the cotangent."""
+    """What all ranks must return: rows of every result, and the rows of the arguments and the cotangent."""
 
     args: list[Tensor]
     ct: Tensor
@@ -233,7 +233,7 @@ TENSOR = [
 
 
 def lengths(n: int) -> list[int]:
-    """Positions of each rank, none like its neighbour."""
+    """How many positions each rank has, different from its neighbours."""
     return [3, 1, 2, 3][:n]
 
 
@@ -274,7 +274,7 @@ def _zigzag_sdpa(q: Tensor, k: Tensor, v: Tensor, *, n: int) -> Tensor:
 
 
 def _qkv(seq: Callable[[int], int], heads: Callable[[int], int], keys: Callable[[int], int]) -> Callable[[int], Any]:
-    # Scores far from 0, so that a softmax that is not shifted, or shifted twice, shows.
+    # Scores far from 0, to reveal a softmax that is not shifted, or is shifted twice.
     return lambda n: [draw(2, seq(n), heads(n), 3, seed=1, scale=3.0),
                       *(draw(2, seq(n), keys(n), 3, seed=s, scale=3.0) for s in (2, 3))]  # fmt: skip
 
@@ -328,7 +328,7 @@ def moe(x: Tensor, router: Tensor, up: Tensor, down: Tensor, kept: Tensor | None
 
 
 def moe_with_drops(x: Tensor, router: Tensor, up: Tensor, down: Tensor, *, n: int) -> Tensor:
-    """Each rank's tokens fill CAPACITY places of each expert, all first choices before second ones."""
+    """Each rank's tokens fill CAPACITY places of each expert, first choices before second ones."""
     expert = _choices(x, router)[1].detach()
     kept = torch.zeros(expert.shape, dtype=torch.bool)
     for tokens in torch.arange(x.shape[0]).chunk(n):
@@ -363,12 +363,12 @@ def _moe(
 
 
 def _counts(n: int) -> list[list[int]]:
-    """What expert_counts gives: how many choices of each rank fell on each expert."""
+    """What expert_counts returns: how many choices of each rank fell on each expert."""
     x, router, *_ = _moe_args(n)
     return [torch.bincount(c.reshape(-1), minlength=2 * n).tolist() for c in _choices(x, router)[1].chunk(n)]
 
 
-# Known before the layer runs: simulated ranks cannot bring a number to the host.
+# Computed before the layer runs: simulated ranks cannot bring a number to the host.
 COUNTS = {n: _counts(n) for n in (1, 2, 3, 4)}
 
 
@@ -427,7 +427,7 @@ def diffusion(patches: Tensor, text: Tensor, cond: Tensor, *params: Tensor) -> T
 def _diffusion(patches: Tensor, text: Tensor, cond: Tensor, *params: Tensor, group: Any, backend: Any) -> Tensor:
     own, of_text = (dict(zip(layers.STREAM, p, strict=True)) for p in (params[:5], params[5:]))
     patches, text = layers.diffusion_block(patches, text, cond, own, of_text, group, backend)
-    # The text is one value, and here it meets other patches on every rank.
+    # The text is one value, and here it meets different patches on every rank.
     return patches + fcomm.pvary(text.sum(1, keepdim=True), group, backend)
 
 
@@ -461,7 +461,7 @@ def _gpipe(micro: Tensor, weight: Tensor, *, group: Any, backend: Any) -> Tensor
 
 
 def _pulled_from_first(micro: Tensor, weight: Tensor, *, group: Any, backend: Any) -> Tensor:
-    """micro as one value: only the first rank's use of it counts, and its cotangent is wanted on all ranks."""
+    """micro as one value: only the first rank's use of it counts, and all ranks need its cotangent."""
     return _gpipe(fcomm.pvary(micro, group, backend), weight, group=group, backend=backend)
 
 

@@ -1,7 +1,7 @@
 """A double's backend as if its tensors were on a device: the current device, streams and events, on host memory.
 
-The double "nccl-device" takes calls at once and works later, as a device does; so tests keep a call's tensors until it
-is done. Unlike a device, what is on one stream for two communicators is done side by side.
+The double "nccl-device" takes calls at once and does them later, as a device does, so tests keep a call's tensors until
+it is done. Unlike on a device, calls of two communicators on one stream run side by side.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda", 0)
 
 
 def emulate(double: str) -> fcomm.Backend:
-    """The double's backend; from now on, what it has in this process is on DEVICE, and so is this thread."""
+    """The double's backend; from now on, everything it has in this process is on DEVICE, and so is this thread."""
     module, zeros, get_module = _module(control(double)), torch.zeros, torch.get_device_module
     module.set_device(True)
     patched: Any = torch
@@ -38,14 +38,14 @@ def emulate(double: str) -> fcomm.Backend:
 
 
 def team(group: fcomm.Group) -> Team:
-    """What the emulated backend has on the group."""
+    """The emulated backend's team on the group."""
     (found,) = [made for made, *_ in live(group)._communicators.values()]
     assert isinstance(found, Team)
     return found
 
 
 def _module(lib: ctypes.CDLL) -> Any:
-    """What torch.get_device_module gives for a device; each thread has a stream of its own."""
+    """What torch.get_device_module returns for a device; each thread has its own stream."""
     works_later = hasattr(lib, "double_reached")
     set_device = getattr(lib, "double_set_device", lambda has: None)
     here = threading.local()

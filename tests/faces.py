@@ -1,7 +1,7 @@
 """Every function of fcomm.compat: how it is called, and what it means over the list of all ranks' tensors.
 
-A derivative is torch's own, of the meaning, with every rank's output counted. Megatron's region functions count a
-replicated value once; for them `pull` states the cotangents as Megatron's source does.
+A derivative is torch's own derivative of the meaning, counting every rank's output. Megatron's region functions count a
+replicated value once; for them `pull` states the cotangents as in Megatron's source.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def swapped(xs: Ranks, split: int, concat: int) -> Ranks:
 
 
 def cycle(n: int) -> list[int]:
-    """Destinations 1, 2, .., 0: for n > 2 not its own inverse."""
+    """Destinations 1, 2, .., 0: not its own inverse for n > 2."""
     return [(r + 1) % n for r in range(n)]
 
 
@@ -316,7 +316,7 @@ FASTVIDEO = [
     ),
 ]  # fmt: skip
 
-# Not in FACES, since a rank off the root gets None, which carries no cotangent back.
+# Not in FACES, since ranks other than the root get None, which carries no cotangent back.
 GATHER = Face(
     "fastvideo.gather", _gather, small,
     lambda xs: [torch.zeros_like(torch.cat(xs, -1)) for _ in xs[:-1]] + [torch.cat(xs, -1)],

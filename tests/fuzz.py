@@ -1,8 +1,8 @@
 """Random programs without end: python tests/fuzz.py --minutes 20 --workers 2, or make fuzz MINUTES=20.
 
-Every worker draws batches of programs from seeds of its own and compares them with plain torch, simulated, compiled,
-and in real processes. It prints the number of programs of each kind, exits 1 if one differed, and then prints the
-smallest program that hypothesis found, an expression, with what differs; --seed repeats a batch.
+Every worker draws batches of programs from its own seeds and compares them with plain torch, simulated, compiled, and
+in real processes. It prints the number of programs of each kind, exits 1 if one differed, and then prints the smallest
+such program that hypothesis found, as an expression, with what differs; --seed repeats a batch.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _work(first: int, until: float, backends: Sequence[str], results: Any) -> No
 
 
 def main() -> int:
-    """Run the workers; 1 if any program differed."""
+    """Run the workers; return 1 if any program differed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--workers", type=int, default=2)

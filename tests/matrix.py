@@ -16,9 +16,9 @@ Cell = tuple[str, str, str, str]  # collective, transform, "sim" or "c10d", "eag
 
 PLACES = tuple((backend, how) for backend in ("sim", "c10d") for how in ("eager", "compiled"))
 COLLECTIVES = tuple(dict.fromkeys(case.name for case in CASES.values()))
-# What make test compiles, of each collective the first case: the kernels of the forward, of both derivatives, of a
-# batch, one in the other, and dual tensors; in processes, where tracing is the same, a third of them. make test-all
-# compiles every case under every transform.
+# What make test compiles for the first case of each collective: the kernels of the forward, of both derivatives and of
+# a batch, one inside the other, and dual tensors; in processes, where tracing is the same, a third of them. make
+# test-all compiles every case under every transform.
 FIRST = tuple(next(case.id for case in CASES.values() if case.name == name) for name in COLLECTIVES)
 SAMPLE = {
     "sim": ("forward", "grad", "jvp", "vmap", "vmap of grad", "forward mode"),

@@ -1,7 +1,7 @@
 """NVIDIA's own libnccl of several versions through our tables: python tests/nccl_wheels.py CACHE, or make nccl-wheels.
 
 Downloads the wheels into CACHE (190 to 350 MB each) and needs no GPU: it checks what a library does without one. Exits
-non-zero when something is not as it should be.
+non-zero if anything is wrong.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def raised(kind: type[Exception], fn: Any, *args: object) -> Any:
 
 
 def examine(path: str, expected: int) -> None:
-    """In a process of its own: two copies of NCCL in one do not know of each other."""
+    """Run in a separate process: two copies of NCCL in one process do not know of each other."""
     from fcomm.backends import nccl
     from fcomm.errors import BackendError, BackendUnavailableError
 

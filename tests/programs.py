@@ -1,8 +1,8 @@
 """Random programs of collectives and torch operations, each step with two independent meanings.
 
 A program is a shape, a dtype, and a list of steps. `on_rank` runs it on one rank with fcomm's functions; `plain` runs
-it once on the stack of all ranks' values with nothing but torch, without fcomm's specs. A program prints as the
-expression that makes it again.
+it once on the stack of all ranks' values, using only torch and not fcomm's specs. A program prints as the expression
+that makes it again.
 
 A mesh of one axis has values [n, *shape], one of two axes [n0, n1, *shape]; each step communicates along one axis.
 """
@@ -34,7 +34,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """What on_rank and plain run; seed makes the values, of a kind of strategies.VALUES."""
+    """What on_rank and plain run; seed determines the values, which are of a kind in strategies.VALUES."""
 
     mesh: tuple[int, ...]
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Program:
     steps: tuple[Step, ...]
 
     def input(self, offset: int = 0) -> Tensor:
-        """All ranks' values; another offset gives other ones."""
+        """All ranks' values; a different offset gives different ones."""
         return strategies.valued((*self.mesh, *self.shape), self.values, self.dtype, self.seed + offset)
 
 
@@ -65,7 +65,7 @@ def on_rank(program: Program, groups: Sequence[fcomm.Group], backend: fcomm.Back
 
 
 def plain(program: Program, x: Tensor, watch: Callable[[Step, Tensor], None] | None = None) -> Tensor:
-    """The program on the stack of all ranks' values; watch sees each step and what it is given."""
+    """The program on the stack of all ranks' values; watch sees each step and its input."""
     history = [x]
     for step in program.steps:
         if watch is not None:
@@ -87,9 +87,9 @@ def _along(fn: Callable[[Tensor], Tensor], x: Tensor, axis: int, depth: int) -> 
 
 
 def is_clear(program: Program, x: Tensor) -> bool:
-    """Whether rounding cannot decide who attains a maximum: where values are not exact, the best is clearly the best.
+    """Whether rounding cannot decide which rank attains a maximum: if values are not exact, the largest leads clearly.
 
-    Also false where a value is so large that differences drown, or where a derivative would.
+    Also false if a value, or a derivative, is so large that differences are lost.
     """
     clear = True
     exact = program.values == "ties"

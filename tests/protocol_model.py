@@ -1,8 +1,8 @@
 """The engine's protocol as a model: the same steps as fcomm/csrc/comm.cpp and ring.cpp, over every interleaving.
 
-A rank is a list of atomic steps; a state is where each rank stands and what lies in shared memory. `explore` walks
-every state that some schedule reaches, with up to `crashes` ranks stopping dead at any step, and returns their number;
-it raises ProtocolError with what went wrong first. Faults can be planted, to see that they are found.
+A rank is a list of atomic steps; a state is the position of each rank and the contents of shared memory. `explore`
+walks every state that some schedule reaches, with up to `crashes` ranks stopping dead at any step, and returns the
+number of states; it raises ProtocolError with the first thing that went wrong. Faults can be planted, to see them found.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ TORN = "torn"  # what a reader sees of a slot that is being written
 
 
 class ProtocolError(AssertionError):
-    """A schedule exists that breaks the protocol's promise."""
+    """Some schedule breaks the protocol's promise."""
 
 
 def walk(first: S, successors: Callable[[S], list[S]], final: Callable[[S], None]) -> int:
-    """Number of reachable states; final(state) judges those that nothing follows."""
+    """Number of reachable states; final(state) judges those without successors."""
     seen, stack = {first}, [first]
     while stack:
         state = stack.pop()
@@ -41,10 +41,10 @@ def walk(first: S, successors: Callable[[S], list[S]], final: Callable[[S], None
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
-    """Shared memory, and each rank's place in its program."""
+    """Shared memory, and each rank's position in its program."""
 
-    at: tuple[int, ...]  # next step of each rank; len(program) when all is done
-    note: tuple[tuple[str, int] | None, ...]  # what a rank has seen on its way to blaming somebody
+    at: tuple[int, ...]  # next step of each rank; len(program) when it is done
+    note: tuple[tuple[str, int] | None, ...]  # what a rank has seen on its way to blaming another
     ended: tuple[str | None, ...]  # "ok", "crashed", or the failure that the rank reports
     flags: tuple[int, ...]
     slots: tuple[tuple[object, ...], ...]
@@ -95,20 +95,20 @@ def explore(
     fault: str | None = None,
     check: Callable[[Rounds], None] | None = None,
 ) -> int:
-    """calls[rank] is what each rank asks for; equal lists are a right program, others a mismatch to be reported."""
+    """calls[rank] is what each rank asks for; equal lists are a correct program, others a mismatch to be reported."""
     size = len(calls)
     depth = 1 if fault == "one slot" else 2
     programs = [program(rank, size, calls[rank], fault) for rank in range(size)]
     asked = [[print_ for print_, rounds in calls[rank] for _ in range(abs(rounds))] for rank in range(size)]
 
     def fail(s: Rounds, rank: int, verdict: str) -> Rounds:
-        """poison(): the first writer's verdict stands, and everybody reports it."""
+        """poison(): the first writer's verdict counts, and every rank reports it."""
         if s.poison is None or fault == "last verdict stands":
             s = replace(s, poison=verdict)
         return replace(s, ended=_set(s.ended, rank, s.poison), note=_set(s.note, rank, None))
 
     def wait(s: Rounds, rank: int, r: int, p: int) -> Iterator[Rounds]:
-        # Each `note` is a point where other ranks may come between, as between two loads in wait_slowly().
+        # At each `note` other ranks may run in between, as between two loads in wait_slowly().
         note = s.note[rank]
         if note is None:
             if s.flags[p] >= r:
@@ -120,10 +120,10 @@ def explore(
                 yield from (replace(s, note=_set(s.note, rank, ("missing", q))) for q in missing)
             else:
                 yield replace(s, note=_set(s.note, rank, ("poll", p)))
-        elif note[0] == "poll":  # who is dead; who of them has published is looked up afterwards
+        elif note[0] == "poll":  # which ranks are dead; which of those have published is looked up afterwards
             dead = [q for q in range(size) if s.ended[q] is not None and q != rank]
             yield from (replace(s, note=_set(s.note, rank, ("dead", q))) for q in dead)
-            if s.flags[p] >= r or s.poison is not None:  # nobody dead: look again
+            if s.flags[p] >= r or s.poison is not None:  # none is dead: look again
                 yield replace(s, note=_set(s.note, rank, None))
         elif note[0] == "dead":
             q = note[1]
@@ -155,8 +155,8 @@ def explore(
         elif what == "wait":
             yield from wait(s, rank, r, p)
         elif what in ("begin writing", "write"):
-            # A peer whose call failed has taken its block away, so that the kernel refuses; one that is done has handed
-            # the result to its caller.
+            # A peer whose call failed has taken its block away, so the kernel refuses the write; one that is done has
+            # handed the result to its caller.
             failed = s.ended[p] not in (None, "ok", "crashed")
             taken = s.ended[p] == "ok" or (s.ended[p] is None and s.at[p] > programs[p].index(("take", r, p)))
             if taken or (failed and fault == "block used again"):
@@ -224,7 +224,7 @@ WAITING = ("try", "announce", "look", "sleep", "leave")
 
 
 def explore_sleep(fault: str | None = None) -> int:
-    """One waiter and one publisher of rounds 1 and 2, without slices: a lost wake-up would be a wait for ever.
+    """One waiter and one publisher of rounds 1 and 2, without slices: a lost wake-up would be an endless wait.
 
     State: (waiter's step, target, seen, asleep; publisher's step; flag, waiters).
     """

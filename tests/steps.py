@@ -1,6 +1,6 @@
 """The steps of random programs: what each does on a rank with fcomm, and what that means in plain torch.
 
-`plain` never calls fcomm and works on the whole stack by indexing, where fcomm's specs work on lists of ranks.
+`plain` never calls fcomm and works on the whole stack by indexing, whereas fcomm's specs work on lists of ranks.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _ring(x: Tensor, group: fcomm.Group, backend: fcomm.Backend) -> Tensor:
 
 
 def _output(x: Tensor, rows: int) -> Tensor:
-    """What a ragged_all_to_all finds in its output: something that depends on x."""
+    """The output argument of a ragged_all_to_all: something that depends on x."""
     return 3 * x[torch.arange(rows) % len(x)]
 
 
@@ -233,7 +233,7 @@ def _of_this_rank(table: Tensor, group: fcomm.Group, backend: fcomm.Backend) -> 
 
 
 def _common(x: Tensor) -> Tensor:
-    """What all ranks do alike with an invariant value."""
+    """What all ranks do in the same way with an invariant value."""
     return x * x + x
 
 
@@ -382,7 +382,7 @@ def _matrix_product(x: Tensor) -> Tensor:
 
 
 def _two_of(name: str) -> Callable[..., Tensor]:
-    """A coalesced collective on x and something made of it, added up."""
+    """A coalesced collective on x and something made from it, added up."""
 
     def on_rank(x: Tensor, group: fcomm.Group, backend: fcomm.Backend, **options: Any) -> Tensor:
         a, b = getattr(fcomm, name)([x, _common(x).to(torch.complex128)], group, backend, **options)

@@ -1,6 +1,6 @@
-"""The second call with equal arguments skips the checks that the first one passed; nothing else may tell the two apart.
+"""The second call with equal arguments skips the checks that the first one passed; it must differ in nothing else.
 
-So every case here follows a plain call of the same arguments, and is one in which the short way would be wrong.
+So every case here follows a plain call with the same arguments, and is one in which the shortcut would be wrong.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def forget_keys() -> None:
-    """The fault: what torch knows of a tensor is not compared."""
+    """The planted fault: what torch knows about a tensor is not compared."""
 
     class Everything(set[int]):
         def __contains__(self, key: object) -> bool:
@@ -118,7 +118,7 @@ class DispatchMode(TorchDispatchMode):
 
 
 def check_watched(world: fcomm.Group) -> list[str]:
-    """Whoever watches a call must go on seeing it."""
+    """Whatever observes calls must still see them."""
     failures, n, rank = [], world.size, world.rank or 0
 
     def call(x: Tensor) -> Tensor:

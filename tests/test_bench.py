@@ -1,4 +1,4 @@
-"""The benchmark: its lines are nccl-tests', its results are checked, its comparison is of the same work."""
+"""The benchmark: it prints nccl-tests' lines, checks its results, and compares the same work."""
 
 import csv
 import json
@@ -57,7 +57,7 @@ def test_table_files_and_comparison(tmp_path):
     assert (first["size"], first["count"], first["type"], first["redop"], first["root"]) == (8, 2, "float", "sum", "-1")
     assert set(first["out_of_place"]) == {"time", "alg_bw", "bus_bw", "nwrong"}
     assert set(first["ratios"]) == {"c10d", "funcol", "copy", "add"}
-    # Everybody did the same work: rivals are checked too.
+    # All contestants did the same work: rivals are checked too.
     assert all(wrong == 0 for result in document["results"] for wrong in result["wrong"].values())
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert {row["contestant"] for row in rows} == {"fcomm.cpu", "c10d", "funcol", "copy", "add"}
@@ -67,7 +67,7 @@ def test_a_wrong_result_is_counted_and_fails(tmp_path):
     done = _bench(tmp_path, "doubled", "--import", "doubled", "-b", "64", "-e", "64")
     assert done.returncode == 1
     (line,) = _lines(done.stdout)
-    # Of 16 elements on each of 2 ranks all but the zeros are wrong, before the rounds and after them.
+    # Of 16 elements on each of 2 ranks, all except the zeros are wrong, before and after the rounds.
     assert 32 < int(line[6]) <= 64
     assert re.search(r"# Out of bounds values : \d+ FAILED", done.stdout)
 
@@ -119,7 +119,7 @@ def test_wrong_command_lines_say_what_to_do(arguments, expected, capsys):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", [name for name in measurable() if name not in ("send", "ragged_all_to_all")])
 def test_programs_count_as_nccl_tests_does(name, size):
-    """send and ragged_all_to_all differ by rank in their arguments: they are measured in processes only."""
+    """send and ragged_all_to_all have arguments that differ by rank: they are measured only in processes."""
     group = fcomm.axis("bench", size)
     program = build(name, 4 * 24, torch.float32, "sum", size - 1, group, fcomm.sim)
     y = fcomm.simulate(program.call, group)(program.x.expand(size, -1))
@@ -148,7 +148,7 @@ ROW = Row("all_reduce", 1000, 250, "float", "sum", -1, 2, "fcomm.cpu", TIMES, {"
 
 def test_figures_are_medians_of_rounds():
     assert ROW.time_us("c10d") == 10.0
-    assert ROW.ratio("c10d") == 5.0  # of 8, 5, 3
+    assert ROW.ratio("c10d") == 5.0  # the median of 8, 5, 3
     assert ROW.bandwidth("fcomm.cpu") == (0.5, 0.5)
     assert compiled.marginal({"a": [32.0, 48.0], "a/without": [16.0, 16.0], "add": [1.0, 2.0]}) == {
         "a": [1.0, 2.0],

@@ -44,7 +44,7 @@ def test_every_case_under_every_transform(size: int, record_property: Record) ->
 
 
 def over_edges(world: Group) -> list[str]:
-    """send and recv as on devices: a process group for each direction, opened by its first message."""
+    """send and recv as on devices, with a process group for each direction, opened by its first message."""
     processgroup._DIRECTED = ("cpu",)
     n, rank, failures = world.size, world.rank or 0, check(world, ("send and recv-ring",), ALL)
     for i in range(3):
@@ -114,7 +114,7 @@ def ignores_a_result(world: Group, compiler: str, ordered: bool) -> list[str]:
         return gathered + (unused if ordered else total).sum() if world.rank == 0 else gathered
 
     x = torch.tensor([1.0 + (world.rank or 0)])
-    with torch._inductor.config.patch(fx_graph_cache=False):  # an earlier fcomm's graphs have another order
+    with torch._inductor.config.patch(fx_graph_cache=False):  # graphs of an earlier fcomm have a different order
         y = torch.compile(program, fullgraph=True, backend=compiler)(x)
     expected = {(True, 0): [15.0, 15.0], (True, 1): [3.0, 3.0], (False, 0): [5.0, 7.0], (False, 1): [2.0, 4.0]}
     right = expected[ordered, world.rank or 0]
@@ -129,7 +129,7 @@ def test_a_result_that_one_rank_ignores_does_not_hang_a_compiled_program(compile
 
 
 def differentiates_on_one_rank(world: Group, compiler: str | None) -> list[str]:
-    """The rule for backward: the rank that ignores a result uses it times zero, and so takes part in its derivative."""
+    """The rule for backward: a rank that ignores a result uses it times zero, and so takes part in its derivative."""
 
     def loss(x: Tensor) -> Tensor:
         y = fcomm.all_reduce(x * (2.0 + (world.rank or 0)), world, fcomm.c10d)

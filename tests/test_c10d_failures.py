@@ -1,4 +1,4 @@
-"""Ranks that die, hang, leave or differ: named on every survivor within the deadline, and other groups keep working."""
+"""Ranks that die, hang, leave or differ: every survivor names them within the deadline, other groups keep working."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_late_rank_is_named_at_the_deadline_and_other_groups_work() -> None:
         assert first["where"] == ["all_gather", "team", rank]
         assert first["seconds"] < 20
         assert result["later"]["kind"] == GroupPoisonedError.__name__
-        assert result["later"]["seconds"] < 1.4  # not for the deadline, again
+        assert result["later"]["seconds"] < 1.4  # it does not wait for the deadline again
         assert result["well"] == [3.0] * 4
 
 
@@ -138,7 +138,7 @@ def test_a_slow_rank_is_waited_for() -> None:
 
 
 def ends_first(world: Group) -> list[str]:
-    """Rank 0 comes late and ends at once, while rank 1 is held up between its looks at the call and at the others."""
+    """Rank 0 comes late and ends at once, while rank 1 is held up between checking the call and checking the others."""
     store, look = live(world).store, processgroup._look_around
 
     def late(on: processgroup.Communicator, deadline: float, needed: Sequence[str]) -> None:
@@ -187,7 +187,7 @@ def test_a_rank_that_closed_the_group_is_named() -> None:
 def different_calls(world: Group) -> list[Any]:
     team = fcomm.subgroup(world, range(2), name="team")
     hasten(team, fcomm.c10d, 1.0)
-    processgroup._ACCOUNT_S = 20.0  # both will give theirs
+    processgroup._ACCOUNT_S = 20.0  # both will report
     if world.rank == 0:
         result = outcome(lambda: fcomm.all_reduce(X, team, fcomm.c10d))
     else:
@@ -209,14 +209,14 @@ def test_ranks_in_different_calls_are_told_at_the_deadline() -> None:
 
 
 def chain(world: Group, folder: str) -> None:
-    """Rank 0 waits for rank 1, and that for rank 2, which is killed."""
+    """Rank 0 waits for rank 1, and rank 1 waits for rank 2, which is killed."""
     fcomm.barrier(world, fcomm.c10d)
     if world.rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     got = outcome(lambda: fcomm.recv(X, world, fcomm.c10d, src=(world.rank or 0) + 1))
     (Path(folder) / f"{world.rank}.json").write_text(json.dumps(got))
     tell(world, world.rank)
-    wait_for_word(world, 0)  # rank 1 lives on, or its end would be what rank 0 sees
+    wait_for_word(world, 0)  # rank 1 stays alive, or rank 0 would see its end
 
 
 def test_a_death_ends_the_receives_that_wait_for_other_ranks(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def sizes_differ(world: Group) -> list[str]:
         got = outcome(lambda: call(world))
         if got["kind"] != "MismatchError" or got["text"] != text:
             failures.append(f"{name}: {got['kind']}: {got['text']}")
-    # Of a message, the receiver is told; the next one on the edge is right.
+    # For a message, only the receiver raises; the next message on the edge is right.
     if world.rank == 0:
         fcomm.send(torch.ones(5), world, fcomm.c10d, dst=1)
         fcomm.send(torch.ones(4), world, fcomm.c10d, dst=1)
@@ -394,7 +394,7 @@ def differ(world: Group) -> list[str]:
             failures.append(f"{name}: {got}")
         if world.size > 2 and got["culprits"] != [world.size - 1]:
             failures.append(f"{name}: culprits {got['culprits']}")
-        # The same after the name of each rank's own call.
+        # The texts are the same after the name of each rank's own call.
         said = fcomm.all_gather(
             torch.tensor(list(got["text"].partition(": ")[2].encode()[:200].ljust(200))), world, fcomm.c10d
         )
@@ -402,7 +402,7 @@ def differ(world: Group) -> list[str]:
             failures.append(f"{name}: the ranks say different things")
     if fcomm.all_reduce(X, world, fcomm.c10d).tolist() != [float(world.size)] * 4:
         failures.append("the group does not work afterwards")
-    # What may differ: lengths of uneven blocks, what comes after a barrier.
+    # These may differ: lengths of uneven blocks, what comes after a barrier.
     rank, n = world.rank or 0, world.size
     fcomm.all_gather(torch.ones(rank), world, fcomm.c10d, sizes=list(range(n)))
     matrix = [[(s + r) % 3 for r in range(n)] for s in range(n)]

@@ -1,4 +1,4 @@
-"""The C tables: values and layouts against the vendors' own bindings, codes against errors, paths before dlopen."""
+"""The C tables: values and layouts against the vendors' own bindings, errors for codes, paths before dlopen."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_nccl_structures_are_the_vendors() -> None:
     assert {renamed.get(name, name): offset for name, offset in ours.items()} == {
         renamed.get(name, name): theirs[renamed.get(name, name)][1] for name in ours
     }
-    # What follows our last field is what later versions added.
+    # Later versions added the fields after our last one.
     assert ctypes.sizeof(nccl.Config) == theirs["comm_name"][1] == 48
 
 
@@ -179,7 +179,7 @@ def test_a_missing_symbol_is_named_with_the_path() -> None:
 
 
 def test_a_version_that_claims_more_than_it_has_still_opens() -> None:
-    """A symbol counts when the library has it and is of a version that should."""
+    """A symbol counts only if the library has it and its version should."""
     handle = ctypes.CDLL(build.path(DOUBLES["nccl-2.21"]))
     newest = ccall.bind("nccl", "here", [handle], nccl.SYMBOLS, nccl.STATUS, lambda functions: 23203)
     assert "ncclAlltoAll" not in newest
@@ -363,7 +363,7 @@ def test_the_order_in_which_a_library_is_looked_for(monkeypatch: pytest.MonkeyPa
     assert library.find(search) == str(directory / "libodd.so.1")
     wheel = library.Search("libodd.so.1", "ODD_LIB", (("vendor_wheel", "lib/libodd.so.1"),), ("$ODD_HOME",), "get it")
     assert library.find(wheel) == str(package / "lib" / "libodd.so.1")
-    # A copy in the process comes before both, a variable before that, an argument before all.
+    # A copy in the process takes precedence over both, a variable over that, an argument over everything.
     monkeypatch.setattr(library, "_loaded", lambda soname: "/loaded")
     assert library.find(wheel) == "/loaded"
     monkeypatch.setenv("ODD_LIB", build.path(DOUBLES["nccl"]))
@@ -380,7 +380,7 @@ def test_a_loaded_copy_is_found() -> None:
     found = library._loaded("libnccl.so.2")
     if torch.version.cuda is None:
         assert found in {build.path(DOUBLES[d]) for d in ("nccl", "nccl-2.21")}
-    else:  # torch has loaded its own, which was first
+    else:  # torch has already loaded its own
         assert found is not None
         assert Path(found).name == "libnccl.so.2"
     assert library._loaded("libnowhere-fcomm.so.1") is None
@@ -404,7 +404,7 @@ def test_a_tensor_of_another_device_is_refused() -> None:
         with pytest.raises(fcomm.FcommError, match="x is on device 'cpu', but backend 'nccl' takes cuda"):
             fcomm.all_reduce(torch.ones(1), world, fcomm.nccl)
         with FakeTensorMode():
-            assert fcomm.barrier(world, fcomm.nccl).device.type == "cuda"  # its own tensor is where it is taken
+            assert fcomm.barrier(world, fcomm.nccl).device.type == "cuda"  # it makes its tensor where it is accepted
         # One rank needs no library.
         assert fcomm.all_reduce(torch.ones(1), world, nccl.open(build.path(DOUBLES["nccl"]), "cpu")).item() == 1
     finally:

@@ -1,4 +1,4 @@
-"""Faults planted in the doubles: a typed error on every rank in time, communicators aborted, the next group works."""
+"""Faults planted in the doubles: every rank raises in time, communicators are aborted, a new group works."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ DEADLINE_S = 3.0
 
 
 def twice(call: Call, group: fcomm.Group, on: fcomm.Backend) -> None:
-    """Another rank's failure may find this one's part done already; then it is the next call that raises."""
+    """This rank may already have done its part when another one fails; then the next call raises."""
     call(group, on)
     fcomm.all_reduce(torch.ones(1), group, on)
 
@@ -90,7 +90,7 @@ def twice(call: Call, group: fcomm.Group, on: fcomm.Backend) -> None:
 def failing(
     world: fcomm.Group, on: fcomm.Backend, double: str, symbol: str, action: int, value: int
 ) -> fcomm.FcommError:
-    """What this rank raises when the fault is planted on rank 1; checks what must hold for all."""
+    """The error that this rank raises when the fault is planted on rank 1; checks what must hold for all errors."""
     call = CALLS[SYMBOLS[double][symbol]]
     group = fcomm.subgroup(world, range(world.size), name="failing", timeout_s=DEADLINE_S)
     aborted, live = control(double).double_aborted(), control(double).double_live()
@@ -119,7 +119,7 @@ def failing(
     after = fcomm.subgroup(world, range(world.size), name="after")
     assert fcomm.all_reduce(torch.ones(1), after, on).item() == world.size
     fcomm.close(after)
-    # A call deaf to the abort keeps its communicator: freeing it would pull it from under the call.
+    # A call that ignores the abort keeps its communicator: freeing it would pull it from under the call.
     assert action == DEAF or control(double).double_live() == live, f"{symbol}: communicators are left"
     assert control(double).double_stale() == 0, f"{symbol}: a communicator is used after its end"
     return error
@@ -167,7 +167,7 @@ def test_each_status_at_each_call(double: str) -> None:
 
 
 def hangs(world: fcomm.Group, double: str, symbols: list[str]) -> list[str]:
-    """A call that does not return, listening to the abort and deaf to it: the deadline ends both."""
+    """A call that does not return, whether or not the abort ends it: the deadline ends the collective in both cases."""
     on, failures = backend(double), []
     for symbol in symbols:
         for action in (HANG, DEAF):
@@ -191,7 +191,7 @@ def test_every_call_that_hangs(double: str) -> None:
 
 
 def asynchronous(world: fcomm.Group, double: str, symbols: list[str], code: int) -> list[str]:
-    """The call succeeds, and the communicator turns out to have failed: found by polling."""
+    """The call succeeds, but polling finds that the communicator has failed."""
     on, failures = backend(double), []
     for symbol in symbols:
         error = failing(world, on, double, symbol, ASYNC, code)
@@ -246,7 +246,7 @@ def test_a_rank_that_does_not_come_is_named(double: str) -> None:
 
 
 def killed(world: fcomm.Group, double: str, directory: str, before: int, dead: int, port: int) -> None:
-    """A rank dies, the one that serves the group's store where there is a port for it."""
+    """A rank dies; if there is a port for the group's store, it is the one that serves the store."""
     on, group = backend(double), world
     if port:
         group = fcomm.stateless_group("127.0.0.1", port, world.rank or 0, world.size, name="own", timeout_s=30)
@@ -264,7 +264,7 @@ def killed(world: fcomm.Group, double: str, directory: str, before: int, dead: i
     Path(directory, str(world.rank)).write_text(text)
     until = time.monotonic() + 20
     while len(list(Path(directory).iterdir())) < world.size - 1 and time.monotonic() < until:
-        time.sleep(0.01)  # one that ends before the other has looked would be named, too
+        time.sleep(0.01)  # if one ended before the other has looked, it would be named too
 
 
 def free_port() -> int:
@@ -292,7 +292,7 @@ def test_a_killed_rank_that_served_the_store_is_named(double: str, before: int, 
 
 
 def ends_first(world: fcomm.Group, double: str) -> list[str]:
-    """Rank 0 comes late and counts as ended then, while rank 1 is held up between its looks at the call and at it."""
+    """Rank 0 comes late and then counts as ended, while rank 1 is held up between checking the call and checking it."""
     on, look = backend(double), communicator.look_around
 
     def late(*args: Any) -> None:
@@ -310,7 +310,7 @@ def ends_first(world: fcomm.Group, double: str) -> list[str]:
     communicator.look_around = look
     if world.rank == 0:
         tell(world, "came")
-        wait_for_word(world, "done")  # closing, it would no longer count as ended
+        wait_for_word(world, "done")  # once it closes, it would no longer count as ended
     else:
         tell(world, "done")
     return [] if total == 2 else [str(total)]
@@ -416,7 +416,7 @@ def test_a_store_that_is_lost_while_opening(double: str, with_rank: bool) -> Non
 
 
 def opened_late(world: fcomm.Group, double: str, symbol: str, abort: str) -> None:
-    """A communicator that is there only after its group has given up is ended all the same."""
+    """A communicator that finishes opening after its group has given up is still ended."""
     group = fcomm.subgroup(world, range(world.size), name="late", timeout_s=1.0)
     live = control(double).double_live()
     if world.rank == 1:
@@ -438,7 +438,7 @@ def test_a_communicator_that_opens_too_late_is_ended(double: str, symbol: str, a
 
 
 def ended_once(world: fcomm.Group, double: str, symbols: tuple[str, str]) -> None:
-    """The call that ends a communicator passes the deadline: no other call is made on what it may have freed."""
+    """The call that ends a communicator passes the deadline: no further call uses what it may have freed."""
     on, (destroy, abort) = backend(double), symbols
     group = fcomm.subgroup(world, range(world.size), name="ending")
     hasten(group, on, 1.0)
@@ -446,7 +446,7 @@ def ended_once(world: fcomm.Group, double: str, symbols: tuple[str, str]) -> Non
         plant(double, destroy, DELAY, 2500)
         with pytest.raises(fcomm.CollectiveTimeoutError) as caught:
             fcomm.close(group)
-        assert caught.value.culprits == (), caught.value  # the other rank has closed, and so answers nothing
+        assert caught.value.culprits == (), caught.value  # the other rank has closed, so it does not answer
         time.sleep(2)
     else:
         fcomm.close(group)
@@ -462,7 +462,7 @@ def test_a_communicator_is_ended_once(double: str, symbols: tuple[str, str]) -> 
 
 
 def in_progress(world: fcomm.Group, double: str, symbol: str) -> None:
-    """A communicator that cannot be destroyed while a call is in progress is destroyed when that has returned."""
+    """A communicator that cannot be destroyed while a call is in progress is destroyed when that call has returned."""
     on = backend(double)
     group = fcomm.subgroup(world, range(world.size), name="busy")
     hasten(group, on, 0.7)
@@ -482,7 +482,7 @@ def test_a_communicator_in_use_is_destroyed_afterwards() -> None:
 
 
 def ring(world: fcomm.Group, double: str, symbol: str) -> None:
-    """Where a ring of messages fails, the threads of its sends do not raise again what a receive has raised."""
+    """If a ring of messages fails, the threads of its sends do not raise again what a receive has raised."""
     on, x = backend(double), torch.ones(3)
     group = fcomm.subgroup(world, range(world.size), name="ring")
 
@@ -511,7 +511,7 @@ def test_a_failed_ring_raises_its_error_once(double: str, symbol: str) -> None:
 
 
 def held_up(world: fcomm.Group, double: str) -> None:
-    """A thread waits for a rank that does not come, in a call or to open the group: closing does not wait for it."""
+    """A thread waits for a rank that does not come, in a call or to open the group; close must not wait for it."""
     communicator._GRACE_S = 0.2
     on, x = backend(double), torch.ones(1)
     open_, opening = (fcomm.subgroup(world, range(world.size), name=name) for name in ("open", "opening"))
@@ -553,7 +553,7 @@ def test_a_message_to_a_rank_that_never_receives_does_not_hold_the_close(double:
 
 
 def unreceived_behind_another(world: fcomm.Group, double: str) -> None:
-    """The edge is open on both sides: its sender gives it up, and its receiver must not wait for its end."""
+    """The edge is open on both sides: its sender gives it up, and its receiver must not wait to end it jointly."""
     on, x = backend(double), torch.ones(1)
     for _ in range(2 if world.rank == 0 else 0):
         fcomm.send(x, world, on, dst=1)
@@ -575,7 +575,7 @@ def test_a_message_that_nobody_receives_behind_one_that_was_does_not_hold_the_cl
 
 
 def closes_early(world: fcomm.Group, double: str) -> None:
-    """One rank's program ends, as by an exception, while the others make a call that needs it."""
+    """One rank's program ends, by an exception, say, while the others make a call that needs it."""
     on, x = backend(double), torch.ones(6)
     inner = fcomm.subgroup(world, range(world.size), name="inner")
     for group in (world, inner):

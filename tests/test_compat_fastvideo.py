@@ -48,7 +48,7 @@ def tensors(world: fcomm.Group) -> None:
     gathered = fastvideo.gather(x, dst=n - 1, dim=0, **handles)
     assert torch.equal(gathered, torch.cat(whole.chunk(n, 1))) if rank == n - 1 else gathered is None
 
-    # The ring of the defaults: to the next rank, from the previous. The cotangent goes round the other way.
+    # The defaults form a ring: send to the next rank, receive from the previous one. The cotangent goes the other way.
     leaf = x.clone().requires_grad_()
     token = fastvideo.send(leaf, **handles)
     y = fastvideo.recv(torch.Size([2, 3]), torch.float32, after=token, **handles)
@@ -56,7 +56,7 @@ def tensors(world: fcomm.Group) -> None:
     y.backward(torch.full_like(y, rank + 1.0))
     assert torch.equal(leaf.grad, torch.full((2, 3), (rank + 1) % n + 1.0))
 
-    # One edge, without gradient: what is learned from the message sends nothing that the next recv would take for one.
+    # One edge, without gradient: backward sends nothing that the next recv would take for a message.
     if rank == 0:
         fastvideo.send(torch.arange(4.0), dst=n - 1, **handles)
         assert fastvideo.recv(4, torch.float32, n - 1, **handles).tolist() == [7.0] * 4
@@ -109,7 +109,7 @@ def test_slice_with_scale_grad_divides_the_derivative_alone(n: int) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_all_to_all_4d_is_attention_with_sequence_shards(n: int) -> None:
-    """The use it is made for: heads spread over ranks see the whole sequence, and go back."""
+    """Its intended use: heads spread over the ranks see the whole sequence, and go back."""
     axis = fcomm.axis("sp", n)
     b, s, h, d = 2, 3, 2 * n, 5
     qkv = torch.randn(3, b, n * s, h, d, dtype=torch.float64)
@@ -160,7 +160,7 @@ def messages(world: fcomm.Group, port: int, other_port: int) -> None:
     assert pg.broadcast_obj(SECRET if rank == n - 1 else None, src=n - 1) == SECRET
     assert pg.all_gather_obj({"rank": rank}) == [{"rank": r} for r in range(n)]
     pg.barrier()
-    # Two senders to one receiver: in the original their messages have one key.
+    # Two senders to one receiver: in the original their messages have the same key.
     if rank > 0:
         for k in range(3):
             pg.send_obj((rank, k), dst=0)
@@ -172,7 +172,7 @@ def messages(world: fcomm.Group, port: int, other_port: int) -> None:
     pg.send_obj("me", dst=rank)
     assert pg.recv_obj(rank) == "me"
     pg.barrier()
-    # Only undeleted messages would be left: every rank's last barrier may still be read, but no more.
+    # Only undeleted messages would be left: every rank's last barrier may still have to be read, but nothing else.
     if rank == 0:
         left = pg.store.num_keys()
     for _ in range(20):
@@ -180,7 +180,7 @@ def messages(world: fcomm.Group, port: int, other_port: int) -> None:
         pg.barrier()
     if rank == 0:
         assert pg.store.num_keys() <= left + 3 * n, "messages pile up"
-    # A second group of a part of the ranks, at the same time; and the group carries collectives.
+    # A second group of some of the ranks, at the same time; and collectives work on the group.
     if rank < 2:
         part = StatelessProcessGroup.create("127.0.0.1", other_port, rank, 2)
         assert part.all_gather_obj(rank) == [0, 1]
@@ -193,7 +193,7 @@ def messages(world: fcomm.Group, port: int, other_port: int) -> None:
         pg.recv_obj("0")
     # A tensor, as vLLM's test_utils.py broadcasts one.
     assert pg.broadcast_obj(torch.tensor([rank]), src=n - 1).item() == n - 1
-    # Tensors of their own calls, among the objects: vLLM's coordinators send a shape before its tensor.
+    # Tensors sent by their own calls, in sequence with the objects: vLLM's coordinators send a shape before its tensor.
     weight = torch.nn.Parameter(torch.full((2,), rank + 1.0))
     pg.send_obj((2,), dst=(rank + 1) % n)
     pg.send(weight, dst=(rank + 1) % n)
@@ -207,7 +207,7 @@ def messages(world: fcomm.Group, port: int, other_port: int) -> None:
     assert pg.all_reduce(torch.tensor(rank), dist.ReduceOp.MAX).item() == n - 1
     with pytest.raises(ValueError, match="op is 'nonsense'"):
         pg.all_reduce(torch.ones(1), "nonsense")
-    # What cannot be sent is an error at both ends, at once, and the next message is read as itself.
+    # What cannot be sent is an error at both ends at once, and the next message is read correctly.
     before, after = (rank - 1) % n, (rank + 1) % n
     with pytest.raises(TypeError, match="object cannot be sent over the store"):
         pg.send_obj(object(), dst=after)
@@ -272,7 +272,7 @@ def test_frames_refuse_what_is_not_plain(obj: Any) -> None:
 
 
 class Silent:
-    """A store that does not answer, as its server is stopped."""
+    """A store that does not answer, as if its server were stopped."""
 
     def check(self, *args: object) -> None:
         threading.Event().wait()
@@ -335,7 +335,7 @@ def loses_its_store(world: fcomm.Group, port: int) -> None:
     store = pg.store
 
     class Ends:
-        """The store, which ends when a message has been read."""
+        """A store that ends when a message has been read."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(store, name)

@@ -1,4 +1,4 @@
-"""What torch's own test_functional_api.py checks, restated for compat.funcol, and every way to say who takes part."""
+"""What torch's own test_functional_api.py checks, restated for compat.funcol, and every way to name a group."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_signatures_are_torchs(name: str) -> None:
     assert [(p.name, p.default) for p in mine.values()] == [(p.name, p.default) for p in expected.values()]
 
 
-# Parts of torch's own rules and its compiler; and a receive that is posted before its message is awaited.
+# Parts of torch's own rules and compiler, and the receive that is posted before its message is awaited.
 NOT_HERE = ("_backward", "_setup_context", "_ctx", "isend_inplace", "irecv_inplace")
 
 
@@ -86,7 +86,7 @@ def in_place(world: fcomm.Group) -> None:
     n, rank = world.size, world.rank or 0
 
     def program(x: Tensor) -> list[Tensor]:
-        """Each of them into what was there before; without a group, torch's world."""
+        """Each of them writes into an existing tensor; without a group, torch's world is used."""
         total, rows = x.clone(), [torch.zeros_like(x) for _ in range(n)]
         # A ring of two messages, whose receives come first in the list.
         first, second, (before, after) = torch.zeros_like(x), torch.zeros_like(x), ((rank - 1) % n, (rank + 1) % n)
@@ -194,8 +194,8 @@ def every_kind_of_group(world: fcomm.Group) -> None:
 
     for group, members in kinds:
         check(program(x, group), members)
-        check(program(x, group), members)  # the second time it is found
-    fcomm.close()  # and in a graph it is made while tracing
+        check(program(x, group), members)  # the second time the group is found
+    fcomm.close()  # and in a graph the group is made while tracing
     world = fcomm.init()
     kinds = [(world if group is kinds[4][0] else group, members) for group, members in kinds]
 
@@ -272,7 +272,7 @@ def uneven_and_others(world: fcomm.Group) -> None:
         funcol.all_reduce(ones, "nonsense", world)
     with pytest.raises(ValueError, match="reduceOp is a tensor"):
         funcol.all_reduce(ones, ones, world)  # type: ignore[arg-type]
-    # the result is plain, and the input unharmed
+    # the result is a plain tensor, and the input is unchanged
     result = funcol.all_reduce(ones, dist.ReduceOp.SUM, world)
     assert type(result) is Tensor
     assert torch.equal(ones, torch.ones(n, n) * (rank + 1))

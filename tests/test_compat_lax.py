@@ -270,7 +270,7 @@ def test_bad_arguments_are_value_errors_as_in_jax(call: Callable[[Tensor], Any],
 
 @pytest.mark.parametrize("blocks", [None, [[0, 1], [2, 3]]])
 def test_psum_scatter_of_bool_is_refused_as_in_jax(blocks: Any) -> None:
-    """psum counts the true ones; "or" would be no sum."""
+    """psum counts the true elements; "or" would not be a sum."""
     with pytest.raises(TypeError, match=r"pass x.to\(torch.int32\)"):
         on_axis(lambda x: lax.psum_scatter(x, *HANDLES, axis_index_groups=blocks), torch.ones(N, N, dtype=torch.bool))
 

@@ -153,7 +153,7 @@ def test_a_group_named_twice_is_refused_as_in_jax() -> None:
 
 @pytest.mark.parametrize("group", [None, "rows", {ROWS, COLUMNS}, (ROWS, "columns"), 0])
 def test_what_is_no_group_and_no_sequence_of_groups_is_a_type_error(group: Any) -> None:
-    """A set has no order, and the order is that of the ranks."""
+    """A set has no order, but the order of the groups determines that of the ranks."""
     with pytest.raises(TypeError, match="pass a Group, or a list or tuple of them"):
         lax.psum(torch.zeros(2), group, fcomm.sim)
 
@@ -222,7 +222,7 @@ def test_blocks_list_their_ranks_in_any_order() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
 def test_blocks_and_several_groups_take_unsigned_integers(dtype: torch.dtype) -> None:
     blocks: dict[str, Any] = {"axis_index_groups": [[2, 0], [1, 3]]}
-    top = torch.iinfo(dtype).max  # which the signed dtype of its width has not
+    top = torch.iinfo(dtype).max  # the signed dtype of that width does not have it
     x = torch.tensor([[0, 1], [top, 2], [3, top], [4, 5]], dtype=dtype)
 
     def rows(call: Callable[[Tensor], Any]) -> Any:

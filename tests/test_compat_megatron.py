@@ -126,7 +126,7 @@ def mappings(world: fcomm.Group) -> None:
     y = megatron.all_to_all(tp, fcomm.c10d, sent, [mine + 1] * 2, [1, 2])
     assert torch.equal(y[:, 0], torch.tensor([float(r) for r in tp.ranks]).repeat_interleave(mine + 1))
     assert torch.equal(backward(y, sent, torch.full_like(y, float(rank)))[:, 0], both[[0, 4, 4]])
-    # The splits as its dispatchers pass them; without those of one side, its blocks are equal.
+    # The splits as Megatron's dispatchers pass them; if one side's are left out, its blocks are equal.
     outs, ins = np.array([mine + 1] * 2), np.array([1, 2])
     assert torch.equal(megatron.all_to_all(tp, sent, outs, ins, use_nccl_stream=True, backend=fcomm.c10d), y)
     equal = megatron.all_to_all(tp, part, backend=fcomm.c10d)

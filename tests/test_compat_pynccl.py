@@ -51,7 +51,7 @@ def collectives(world: fcomm.Group, double: str | None) -> None:
     comm.reduce_scatterv(part, out, sizes=sizes)
     assert torch.equal(part, n * rows)
 
-    # vLLM's sums in one order: to one rank, and out from there.
+    # vLLM's sums in a fixed order: reduced to one rank, and sent out from there.
     kept = out if rank == n - 1 else torch.full_like(out, -1)
     comm.reduce(kept, out, root=n - 1)
     part.zero_()
@@ -62,7 +62,7 @@ def collectives(world: fcomm.Group, double: str | None) -> None:
     short = [0, *sizes[1:]]
     comm.scatter(part, n * out[1:], short, root=n - 1)  # rank 0 takes no part
 
-    # A weight that the trainer sends: written as it is, though it requires grad.
+    # A weight that the trainer sends: it is written to, though it requires grad.
     weight = torch.nn.Parameter(torch.full((2, 2), float(rank)))
     comm.broadcast(weight, src=n - 1)
     assert weight.requires_grad
@@ -100,7 +100,7 @@ def test_collectives(size: int, double: str | None) -> None:
 
 
 def groups_of_parts(world: fcomm.Group, ports: tuple[int, int]) -> None:
-    """Two communicators at a time, of all and of some, each with its own store; and one of a ProcessGroup."""
+    """Two communicators at once, of all ranks and of some, each with its own store; and one of a ProcessGroup."""
     rank = world.rank or 0
     pg = StatelessProcessGroup.create("127.0.0.1", ports[0], rank, 3)
     groups: list[Any] = [pg]

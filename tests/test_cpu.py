@@ -1,6 +1,6 @@
 """The shared-memory backend in real processes: every case, dtype, op, layout and length, against the meaning.
 
-Equal values are asked for, without a tolerance except for complex numbers, and equal bits on all ranks.
+Values must be equal, without a tolerance except for complex numbers, and all ranks must have the same bits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DTYPES = REDUCED
 
 
 def differs(what: str, got: Tensor, expected: Tensor) -> list[str]:
-    """One line where bits, shape, dtype or contiguity differ; NaN equals NaN, and zeros of either sign are equal."""
+    """One line if bits, shape, dtype or contiguity differ; NaN equals NaN, and zeros of either sign are equal."""
     if got.dtype != expected.dtype or got.shape != expected.shape or not got.is_contiguous():
         return [f"{what}: {got.dtype} {got.shape} {got.stride()} is not {expected.dtype} {expected.shape}"]
     wrong = differing(got.reshape(-1), expected.reshape(-1)).nonzero().reshape(-1)
@@ -43,8 +43,8 @@ def differs(what: str, got: Tensor, expected: Tensor) -> list[str]:
 
 def differing(got: Tensor, expected: Tensor) -> Tensor:
     if got.dtype.is_complex:
-        # torch multiplies one addend by 1 + 0j, divides by n + 0j, and rounds a product's parts in an order of its own:
-        # NaN in one part comes out in both, and the last bit may differ.
+        # torch multiplies one addend by 1 + 0j, divides by n + 0j, and rounds a product's parts in its own order: a NaN
+        # in one part spreads to both, and the last bit may differ.
         close = (got - expected).abs() <= torch.finfo(got.dtype).eps * 8 * expected.abs()
         return ~(close | (got == expected) | (got.isnan() & expected.isnan()))
     if got.dtype.is_floating_point:
@@ -104,7 +104,7 @@ def values(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> Tensor:
     """Numbers that show a wrong accumulation: large and small, negative, and NaN and infinity in the floats."""
     generator = torch.Generator().manual_seed(seed)
     if dtype == torch.bool:
-        bytes = torch.tensor([0, 0, 0, 1, 2, 255], dtype=torch.uint8)  # all but 0 are true
+        bytes = torch.tensor([0, 0, 0, 1, 2, 255], dtype=torch.uint8)  # all except 0 are true
         return bytes[torch.randint(0, 6, shape, generator=generator)].view(torch.bool)
     if not (dtype.is_floating_point or dtype.is_complex):
         info = torch.iinfo(dtype)
@@ -142,7 +142,7 @@ def check_dtypes(world: fcomm.Group, lengths: list[int]) -> list[str]:
         failures += differs(f"all_reduce {dtype} {op} {length}", got, fold(xs, op))
         again = fcomm.all_reduce(xs[world.rank or 0], world, fcomm.cpu, op=op)
         failures += differs(f"second run of all_reduce {dtype} {op} {length}", again, got)
-        # The same bits on every rank: NaN's payload too, so bytes are compared.
+        # The same bits on every rank, including NaN's payload, so compare bytes.
         rows = fcomm.all_gather(got.view(torch.uint8) if length else got, world, fcomm.cpu, tiled=False)
         if length and not all(torch.equal(row, rows[0]) for row in rows):
             failures.append(f"all_reduce {dtype} {op} {length}: the ranks hold different bits")
@@ -164,7 +164,7 @@ def test_every_dtype_and_op(size: int) -> None:
 # --- lengths ----------------------------------------------------------------------------------------------------------
 
 KB = 1 << 10
-# Around what separates one synchronisation from two, a chunk, several chunks; and primes.
+# Lengths around the limits between one synchronisation and two, of a chunk, and of several chunks; and primes.
 EDGES = sorted(
     {n + d for n in (0, 4 * KB, 16 * KB, 32 * KB, 64 * KB, 512 * KB, 1024 * KB) for d in (-1, 0, 1) if n + d >= 0}
     | {2, 3, 4, 5, 31, 1009, 300007}
@@ -236,7 +236,7 @@ def test_lengths_around_every_edge(size: int) -> None:
 
 
 def check_nothing_received(world: fcomm.Group) -> list[str]:
-    """Nobody sends to the last rank, and blocks are so large that they may go straight into the others' results."""
+    """No rank sends to the last one, and blocks are so large that they may go straight into the others' results."""
     n, rank, length = world.size, world.rank or 0, 256 * KB
     send = [[0 if dst == n - 1 else length + src for dst in range(n)] for src in range(n)]
     received = [row[rank] for row in send]
@@ -255,7 +255,7 @@ def test_a_rank_that_receives_nothing(size: int) -> None:
 
 
 def check_wrap(world: fcomm.Group, lengths: list[int]) -> list[str]:
-    """The engine's 32-bit counter of rounds passes its end in the middle of the test."""
+    """The engine's 32-bit counter of rounds wraps in the middle of the test."""
     start = 2**32 - 40
     owner = live(world)
     owner.communicator("cpu", lambda: machine._open(world, start), machine._close)
@@ -407,7 +407,7 @@ def check_huge(world: fcomm.Group, backend_name: str, kind: str) -> list[Any]:
         "all_gather": lambda: fcomm.all_gather(x, world, backend),
         "all_to_all": lambda: fcomm.all_to_all(x, world, backend, split_dim=0, concat_dim=0),
     }[kind]()
-    # Rank p holds 1 + 4 p .. 4 + 4 p at the marks; two of them lie in either half.
+    # Rank p holds 1 + 4 p .. 4 + 4 p at the marks; each half has two of them.
     expected = {
         "all_reduce": {m: n * k + 4 * sum(range(n)) for k, m in enumerate(marks, 1)},
         "all_gather": {p * length + m: k + 4 * p for p in range(n) for k, m in enumerate(marks, 1)},

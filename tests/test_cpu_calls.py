@@ -21,7 +21,7 @@ from fcomm.testing import run_ranks
 
 pytestmark = pytest.mark.skipif(native is None, reason="the engine is not built; test_cpu_without.py covers that")
 
-LARGE = POOLED_NBYTES  # elements of float32: four times what is pooled
+LARGE = POOLED_NBYTES  # elements of float32: four times the smallest pooled size
 
 
 def in_use() -> int:
@@ -58,7 +58,7 @@ def check_lifetime(world: fcomm.Group) -> list[str]:
     expect("nothing is kept", in_use(), 0)
     expect("blocks come back", large(world).data_ptr() in (at, large(world).data_ptr()), True)
 
-    # As saved tensor of a graph, written in backward on another thread of autograd.
+    # As a saved tensor of a graph, written in backward on an autograd thread.
     x = torch.ones(LARGE, requires_grad=True)
     loss = (fcomm.all_reduce(x, world, fcomm.cpu) ** 2).sum()
     expect("the graph keeps it", in_use() >= one, True)
@@ -75,7 +75,7 @@ def check_lifetime(world: fcomm.Group) -> list[str]:
     thread.join()
     expect("another thread gave it back", in_use(), 0)
 
-    # An ordinary tensor in every respect but resizing.
+    # An ordinary tensor in every respect except resizing.
     y = large(world)
     for how, z in (
         ("deepcopy", copy.deepcopy(y)),
@@ -128,7 +128,7 @@ def test_outputs_live_as_long_as_their_storage() -> None:
 
 
 def check_graph(world: fcomm.Group) -> list[str]:
-    """Inductor's code calls the machine; the traced graph keeps the op; a result that nobody uses is computed too."""
+    """Inductor's code calls the machine; the traced graph keeps the op; a result that nobody uses is still computed."""
     from torch._inductor.utils import run_and_get_code
 
     def program(x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def check_graph(world: fcomm.Group) -> list[str]:
         failures.append(f"{y} {again} is not {eager}")
     if (code.count("= fcomm_all_reduce("), code.count("= fcomm_all_gather(")) not in ((3, 1), (2, 1)):
         failures.append(code)
-    # Equal calls may be one, unused ones may not be none.
+    # Equal calls may be merged, unused ones may not be dropped.
     if rounds not in (eager_rounds, eager_rounds - 1):
         failures.append(f"{rounds} rounds in the graph, {eager_rounds} eager")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -217,7 +217,7 @@ def test_a_result_that_one_rank_ignores() -> None:
 
 
 def check_threads(world: fcomm.Group, calls: int) -> list[str]:
-    """Threads on groups of their own run at once; threads on one group take turns, and never get each other's data."""
+    """Threads with their own groups run at once; threads on one group take turns, and never get each other's data."""
     wrong: list[str] = []
     groups = [fcomm.subgroup(world, range(world.size), name=f"thread {k}") for k in range(2)]
 
@@ -290,6 +290,6 @@ def test_no_leaks_over_a_million_collectives() -> None:
 
 
 def test_shared_memory_is_at_most_4_megabytes_a_rank() -> None:
-    rings = 4 * (64 << 10) + 16384  # of an ordered pair; touched, and so allocated, when the pair first talks
+    rings = 4 * (64 << 10) + 16384  # for an ordered pair; touched, and so allocated, when the pair first communicates
     for size in (2, 4, 8):
         assert native.region_bytes(size) <= size * (4 << 20) + size * size * rings

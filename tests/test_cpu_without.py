@@ -1,4 +1,4 @@
-"""The cpu backend where its engine cannot serve a group: no compiler was there, or the ranks are on several hosts."""
+"""The cpu backend if its engine cannot serve a group: there was no compiler, or the ranks are on several hosts."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_a_group_that_spans_hosts() -> None:
 
 
 def check_stranger(world: fcomm.Group) -> list[str]:
-    """Those who connect without knowing the nonce are turned away, and the group opens, though they came first and
-    left no place to queue."""
+    """Strangers that connect without the nonce are turned away, and the group opens, though they came first and filled
+    the queue."""
     publish, accept = shm_opening._set, shm_opening._accept
     strangers: list[socket.socket] = []
 
@@ -96,7 +96,7 @@ def check_stranger(world: fcomm.Group) -> list[str]:
         publish(owner, key, value)
 
     def late(*args: Any) -> socket.socket:
-        time.sleep(0.1)  # until the ranks have come to the full queue
+        time.sleep(0.1)  # until the ranks have reached the full queue
         return accept(*args)
 
     with mock.patch.object(shm_opening, "_set", preceded), mock.patch.object(shm_opening, "_accept", late):
@@ -132,7 +132,7 @@ def test_a_rank_that_is_slow_to_say_who_it_is() -> None:
 
 
 def check_pipes(world: fcomm.Group, found: str) -> None:
-    """Without pidfd_open (an old kernel, a filter) a pipe tells of a rank's end."""
+    """Without pidfd_open (an old kernel, a filter) a pipe shows a rank's end."""
     with mock.patch.object(os, "pidfd_open", side_effect=OSError):
         failures = results(world)
     if world.rank == 1:

@@ -1,7 +1,7 @@
-"""Real NCCL on real GPUs. It runs by itself where there is one: a torch with CUDA brings libnccl.
+"""Real NCCL on real GPUs. It runs automatically if there is one: a torch with CUDA brings libnccl.
 
-Ranks share a GPU where there are more of them than GPUs. NCCL refuses two ranks of one host on one GPU, so each then
-says that it is a host of its own (NCCL_HOSTID), and they meet over the loopback interface.
+If there are more ranks than GPUs, ranks share one. NCCL refuses two ranks of one host on one GPU, so each then claims
+to be a host of its own (NCCL_HOSTID), and they connect over the loopback interface.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_every_case_under_every_transform(part: int) -> None:
 
 
 def test_every_case_on_three_ranks() -> None:
-    # A coalesced case has a part in float32, and NCCL has an order of its own in which it adds three.
+    # A coalesced case has a part in float32, and NCCL adds three floats in its own order.
     ids = [id for id in sized(3) if "coalesced" not in id]
     run_ranks(on_gpu, 3, check, REAL, ids, FEW, timeout_s=500)
 
@@ -185,7 +185,7 @@ def _on_a_side_stream(fn: Callable[..., Any], x: Tensor) -> Any:
 
 def _captured(fn: Callable[..., Any], x: Tensor) -> Any:
     graph, static = torch.cuda.CUDAGraph(), torch.zeros_like(x).requires_grad_()
-    _on_a_side_stream(fn, static)  # what a first call does cannot be captured
+    _on_a_side_stream(fn, static)  # a first call does things that cannot be captured
     with torch.cuda.graph(graph):
         y = fn(static)
     with torch.no_grad():
@@ -260,9 +260,9 @@ def a_rank_that_does_not_come(world: fcomm.Group) -> list[str]:
     started = time.monotonic()
     if world.rank == 0:
         fcomm.all_reduce(x, group, fcomm.nccl)
-        torch.cuda.synchronize()  # for ever, if nobody aborts the communicator
+        torch.cuda.synchronize()  # endless, if nobody aborts the communicator
     fcomm.barrier(world, fcomm.c10d, after=torch.empty(0, device="cpu"))
-    time.sleep(2)  # until the thread that watches has seen it here, too
+    time.sleep(2)  # until the watching thread has seen it here too
     with pytest.raises(fcomm.CollectiveTimeoutError, match=r"deadline of 4\.0 s on the device"):
         fcomm.all_reduce(x, group, fcomm.nccl)
     waited = time.monotonic() - started

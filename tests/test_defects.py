@@ -1,7 +1,7 @@
 """What is wrong elsewhere and right here: one test for each defect, numbered as in notes/0070-defects.md.
 
-The comments say what the other system gives; nothing of it is called. Simulated where the defect is one of meaning, in
-processes (one start for all of them) where it is one of communication.
+The comments say what the other system returns; the tests do not call it. Defects of meaning are tested on simulated
+ranks, defects of communication in processes (one start for all of them).
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def test_09_fastvideo_all_gather_and_op() -> None:
     in_processes(fastvideo_gathers_and_keeps_op)
 
 
-# Two public issues, here for the same reason: one start of processes serves what is together in a worker.
+# Two public issues, placed here so that one start of processes serves all tests that a worker runs together.
 
 
 def test_pytorch_189330_one_graph_for_all_ranks() -> None:

@@ -1,4 +1,4 @@
-"""define: what it refuses, in which words, and that nothing is registered then; a collective of two tensors."""
+"""define: what it refuses, the error texts, and that it then registers nothing; a collective of two tensors."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ fcomm.define(
 
 
 def _masks(size: int) -> tuple[Tensor, ...]:
-    """In column 0 nobody takes part, in column 1 everybody does, in column 2 every other rank."""
+    """In column 0 no rank takes part, in column 1 all do, in column 2 every other rank."""
     return (torch.stack([torch.tensor([0.0, 1.0, float(r % 2)], dtype=torch.float64) for r in range(size)]),)
 
 

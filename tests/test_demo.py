@@ -1,4 +1,4 @@
-"""The demo: the parallel model is the dense one, its command agrees with itself, and a wrong model does not pass."""
+"""The demo: the parallel model equals the dense one, the command succeeds, and a wrong model does not pass."""
 
 import os
 import subprocess

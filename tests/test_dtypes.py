@@ -1,4 +1,4 @@
-"""17 dtypes x 8 ops on torch.distributed, bitwise, or a typed error; and every strided view as its contiguous copy."""
+"""17 dtypes x 8 ops on torch.distributed: right to the bit, or a typed error; and every strided view."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(x: Tensor) -> Tensor:
-    """The bits of any dtype, to be compared: 0.0 is not -0.0, but all NaN are one: their sign is the vector width's."""
+    """The bits of any dtype, to be compared: 0.0 is not -0.0, but all NaNs are equal: their signs vary."""
     real = torch.view_as_real(x) if x.is_complex() else x
     if real.is_floating_point():
         wide = real.to(torch.float64)
@@ -50,7 +50,7 @@ def values(dtype: torch.dtype, rank: int) -> Tensor:
 
 def same(x: Tensor, y: Tensor, op: str) -> bool:
     if op == "prod" and x.is_complex():
-        # torch's product of complex numbers rounds by its place in the tensor: vectorised or not.
+        # How torch's product of complex numbers rounds depends on the place in the tensor, vectorised or not.
         return torch.allclose(x, y, rtol=8 * torch.finfo(x.dtype).eps, atol=0)
     return torch.equal(bits(x), bits(y))
 
@@ -133,7 +133,7 @@ def ragged_numbers(x: Tensor, group: Group, backend: fcomm.Backend) -> list[Tens
 
 
 def parts(size: int) -> Tensor:
-    """Complex numbers of which some part is infinite, or no number, and the other is finite."""
+    """Complex numbers of which one part is infinite or NaN, and the other is finite."""
     inf, nan = torch.inf, torch.nan
     columns = [(inf, 0), (0, -inf), (nan, 1), (2, nan), (3, 4), (inf, -1), (-0.0, inf)]
     numbers = torch.tensor(columns, dtype=torch.float64)
@@ -228,7 +228,7 @@ def test_every_dtype_moves() -> None:
 
 ONLY_MOVED = [
     d for d in CODES if d not in REDUCED and not str(d).startswith(("torch.int", "torch.uint", "torch.q"))
-]  # torch copies no tensor of int1 .. uint7, and those of quantized ones carry a scale
+]  # torch cannot copy int1 .. uint7, and quantized tensors carry a scale
 RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SIX = [torch.arange(6, dtype=torch.int64) + 6 * r + 1 for r in range(3)]
 
@@ -287,7 +287,7 @@ def test_every_other_dtype_moves(backend: str) -> None:
 def test_every_other_dtype_moves_on_a_simulated_axis() -> None:
     axis = fcomm.axis("i", 2)
     unsigned = {torch.uint16, torch.uint32, torch.uint64}  # reduced, but torch has few kernels for them
-    # torch.cat has no kernel for every layout of float4; vmap of 2.11 neither selects bits nor views them as integers.
+    # torch.cat lacks kernels for some layouts of float4; torch 2.11's vmap neither selects bits nor views them.
     missing = {torch.float4_e2m1fn_x2}
     if torch.__version__.startswith("2.11."):
         missing |= {d for d in ONLY_MOVED if str(d).startswith("torch.bits")}
@@ -306,7 +306,7 @@ DERIVED = {
     "all_reduce_invariant mean": partial(fcomm.all_reduce_invariant, op="mean"),
     "scan": fcomm.scan,
 }
-# All results are numbers of float8.
+# All results are exact in float8.
 EIGHTHS = torch.tensor([[1.0, 2.0, 0.0, -4.0, 0.5, 1.0], [2.0, 2.0, 4.0, -4.0, 0.0, -1.0]])
 
 
@@ -349,7 +349,7 @@ OPERANDS = torch.arange(600.0).reshape(2, 300)
 
 
 def routed(x: Tensor, group: Group, on: fcomm.Backend) -> Tensor:
-    """Rows 200 r to 200 r + 99 of both ranks' x at rank r, by places of each dtype: 200 + 100 is no uint8."""
+    """Rows 200 r to 200 r + 99 of both ranks' x at rank r, by offsets of each dtype: 200 + 100 is not a uint8."""
     starts, sizes = torch.tensor([0, 200]), torch.tensor([100, 100])
     lands = (200 * fcomm.axis_index(group, on)).expand(2)
     output = torch.full_like(x, -1)
@@ -434,7 +434,7 @@ def test_codes_are_one_for_each_dtype_and_the_same_everywhere() -> None:
 
 
 def views(rank: int) -> dict[str, Tensor]:
-    """Views of four dimensions [4, 2, 2, 2] over memory that is not theirs alone."""
+    """Views [4, 2, 2, 2] over memory that is not only theirs."""
     base = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
     z = torch.randn(4, 2, 2, 2, generator=torch.Generator().manual_seed(rank + 9), dtype=torch.complex128)
     return {

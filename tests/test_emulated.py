@@ -1,4 +1,4 @@
-"""What only a device shows, on one that is emulated (emulated.py): test_cuda.py has the rest, on a real one."""
+"""What only a device shows, on an emulated one (emulated.py); test_cuda.py has the rest, on a real one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
 
 DOUBLE = "nccl-device"
-TENSORS: list[Tensor] = []  # of calls that are not done
+TENSORS: list[Tensor] = []  # of calls that are not finished
 
 
 def opened(world: fcomm.Group, timeout_s: float, name: str = "g") -> tuple[fcomm.Group, fcomm.Backend]:
@@ -90,14 +90,14 @@ def test_closing_does_not_wait_for_ever_for_a_call_that_another_rank_does_not_ma
 
 
 def wait_for_failure(group: fcomm.Group) -> None:
-    """Until the thread that watches has found it."""
+    """Wait until the watching thread has found the failure."""
     until = time.monotonic() + 15
     while team(group).failure is None and time.monotonic() < until:
         time.sleep(0.05)
 
 
 def fails_unnoticed(world: fcomm.Group, dead: bool) -> None:
-    """The last call does not end, for rank 1 counts as dead or makes none, and nobody calls or waits any more."""
+    """The last call does not end: rank 1 counts as dead or does not make it, and no rank calls or waits after."""
     group, on = opened(world, timeout_s=30 if dead else 1.5)
     if world.rank == 0:
         add(group, on)

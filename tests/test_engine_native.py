@@ -50,7 +50,7 @@ def _compile(compiler: str | None, source: Path, folder: Path, flags: Sequence[s
         *(path for place in (ENGINE, NATIVE) for path in place.iterdir() if path.suffix in (".h", ".inc")),
     ]
     if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
-        # The kernels are tested as they are shipped: vectorised, except where a sanitizer wants to look.
+        # The kernels are tested as they are shipped, vectorised, except under a sanitizer.
         speed = ("-O3",) if source == ENGINE / "kernels.cpp" and "-g" not in flags else ()
         made = folder / f"{target.stem}.{os.getpid()}.o"
         command = [compiler, *FLAGS, *flags, *speed, f"-I{ENGINE}", "-c", source, "-o", made]
@@ -90,9 +90,9 @@ def test_engine_alone() -> None:
 
 
 def bits_of(x: Tensor) -> Tensor:
-    """x's bits as integers, every NaN the same one; which of two NaNs an addition keeps is nobody's promise.
+    """x's bits as integers, with all NaNs made the same: nothing defines which of two NaNs an addition keeps.
 
-    Nor are complex numbers' zeros told apart: torch.add multiplies by 1 + 0j, which turns some -0 into +0.
+    Zeros of complex numbers are not distinguished either: torch.add multiplies by 1 + 0j, which turns some -0 into +0.
     """
     real = torch.view_as_real(x) + 0.0 if x.is_complex() else x
     if not real.is_floating_point():
@@ -102,7 +102,7 @@ def bits_of(x: Tensor) -> Tensor:
 
 
 def awkward(dtype: torch.dtype, count: int, seed: int) -> Tensor:
-    """Numbers of like size, small integers that tie, large ones that overflow, infinities and NaN.
+    """Numbers of similar size, small integers that tie, large ones that overflow, infinities and NaN.
 
     No infinite complex numbers: torch.add multiplies them by 1 + 0j, and inf + inf becomes NaN; ours stays inf.
     """
@@ -135,7 +135,7 @@ def differences_from_fold(world: fcomm.Group, count: int) -> list[str]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_engine_equals_fold_bit_for_bit(size: int) -> None:
-    # Whole vectors: torch's complex product rounds otherwise in the rest.
+    # Whole vectors: torch's complex product rounds differently in the remainder.
     run_ranks(differences_from_fold, size, 20032)
 
 
@@ -162,7 +162,7 @@ def test_engine_on_aarch64() -> None:
     run(build("aarch64"), *SUITES, timeout_s=900, under=[EMULATOR])
 
 
-# What tests/test_cpu.py does in processes with every collective, dtype and layout, short of compiling and of long runs.
+# What tests/test_cpu.py does in processes with every collective, dtype and layout, except compiling and long runs.
 UNDER_PYTHON = ("every_case", "dtype", "edge", "wraps", "strided", "interleaved", "back_to_back", "storage", "threads")
 
 
@@ -176,8 +176,8 @@ def test_module_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path)
     sources = [*engine_sources(), ENGINE / "binding.cpp"]
     command = [COMPILER, *flags, *include, "-shared", "-o", package / "_native.abi3.so", *sources]
     subprocess.run(command, check=True, timeout=300)
-    # The interpreter is built without: the runtime comes first, with what it intercepts, C++'s throw. What Python
-    # itself never frees is not a leak.
+    # The interpreter is built without sanitizers, so their runtime must be loaded first, with what it intercepts, C++'s
+    # throw. What Python itself never frees is not a leak.
     runtime = [
         subprocess.run(
             [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True

@@ -1,6 +1,6 @@
 """Bad input, by exact text: raised before any communication, the same on all ranks, and the group works afterwards.
 
-bad_input.py has the calls of collectives. Beside them what is not refused: handles that travel, lists in other forms.
+bad_input.py has the calls of collectives. Also here is what is accepted: handles that travel, lists in other forms.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import fcomm
 from fcomm import ArgumentError, FcommError, Group, GroupClosedError
 from fcomm.testing import run_ranks
 
-# Of handles themselves, on the ranks of a group of 2.
+# Errors of the handles themselves, on the ranks of a group of 2.
 BAD_GROUPS: list[tuple[Callable[[Group], Any], type[Exception], str]] = [
     (
         lambda g: fcomm.subgroup(g, 0, name="s"),
@@ -243,7 +243,7 @@ def bad_input_on_this_rank(world: Group) -> list[str]:
     words |= {"row": ["1, 2", "2, 1"][rank], "own": [[2, 0], [0, 2]][rank], "other": [[0, 2], [2, 0]][rank]}
     for call, kind, text in BAD + BAD_IN_PROCESSES:
         failures += compare(raised(lambda: call(world, fcomm.c10d)), kind, text, **words)
-        # One rank's mistake leaves nothing behind: the others are not out of step.
+        # One rank's mistake leaves nothing behind: the ranks stay in step.
         if rank == 0:
             raised(lambda: call(world, fcomm.c10d))
     for make, kind, text in BAD_GROUPS:
@@ -318,7 +318,7 @@ LATER = fcomm.axis("later", 3)
 
 
 class Copied(torch.autograd.Function):
-    """What is pvary here, as others write it."""
+    """fcomm's pvary, as it is usually written elsewhere."""
 
     generate_vmap_rule = True
 
@@ -415,7 +415,7 @@ def test_sizes_may_be_arrays_tensors_and_their_entries() -> None:
 
 
 def test_slices_that_leave_their_tensor_on_an_axis() -> None:
-    """Nothing can raise for data there: outside operand are zeros, and what output has no room for is dropped."""
+    """No error can depend on data there: reads outside operand give zeros, and rows outside output are dropped."""
     group = fcomm.axis("i", 2)
     offsets, lands = torch.tensor([[-1, 2], [2, -1]]), torch.tensor([[0, 0], [3, 3]])
     sizes = torch.full((2, 2), 3)

@@ -1,4 +1,4 @@
-"""Groups where processes fork and end: a child is told, its parent goes on, and nothing hangs at the exit."""
+"""Groups when processes fork and end: a child gets an error, its parent goes on, and nothing hangs at the exit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fcomm.testing import run_ranks
 def in_child(work: Callable[[], Any], timeout_s: float = 60) -> int:
     """Exit status of a forked child that does some work and then ends as a Python program does.
 
-    One that does not end within timeout_s is killed, after it has shown its traceback; the error tells what it did.
+    A child that does not end within timeout_s is killed, after it has shown its traceback; the error says what it did.
     """
     pid = fork()
     if pid == 0:
@@ -52,13 +52,13 @@ def in_child(work: Callable[[], Any], timeout_s: float = 60) -> int:
 
 
 def fork(within_s: float = 10) -> int:
-    """os.fork, whose child may hang in it before it is ours: then another one.
+    """os.fork, tried again if the child hangs inside it.
 
-    A thread of gloo enters Python when its work is done. If it holds the lock of Python's list of threads just then,
-    the child waits for it inside os.fork, for ever: python/cpython#112275, mended in 3.11.10.
+    A thread of gloo enters Python when its work is done. If it holds the lock of Python's list of threads at that
+    moment, the child waits for the lock inside os.fork for ever: python/cpython#112275, fixed in 3.11.10.
     """
     for _ in range(3):
-        time.sleep(0.05)  # until gloo's thread is quiet, where it gets a core
+        time.sleep(0.05)  # until gloo's thread is quiet, if it gets a core
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:

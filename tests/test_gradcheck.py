@@ -2,8 +2,8 @@
 
 Around simulate, torch would differentiate the meaning itself. So the stacked function is made an autograd node whose
 backward is the rule, on all simulated ranks, and whose own derivative is again a node of that kind. Forward mode does
-not nest in such a node, and is compared with finite differences here. On a live group of one rank the rule is what
-torch meets, in forward mode too, and nothing is in between.
+not nest in such a node, and is compared with finite differences here. On a live group of one rank torch meets the rule
+directly, in forward mode too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fcomm.testing.check import draw
 
 Ranks = Callable[..., Tensor]
 
-# A maximum at a tie has no derivative to compare with; the numbers of ties are in test_rules.py.
+# A maximum at a tie has no derivative to compare with; test_rules.py has the numbers for ties.
 SMOOTH = {"ties": "normal"}
 CHECKED = [case for case in CASES.values() if case.differentiable]
 COALESCED = [case for case in CHECKED if "coalesced" in case.name]
@@ -58,7 +58,7 @@ def ruled(fn: Ranks, group: fcomm.Group) -> Ranks:
 
 
 def _literal(case: Case, group: fcomm.Group, backend: fcomm.Backend) -> Callable[[Tensor, tuple[Tensor, ...]], Tensor]:
-    """The case as a function whose every rank's value counts: an invariant value enters, and leaves, by a reduction."""
+    """The case as a function that counts every rank's value: an invariant one enters and leaves by a reduction."""
 
     def fn(x: Tensor, *aux: Tensor) -> Tensor:
         if "x" in case.replicated:
@@ -76,7 +76,7 @@ def _input(case: Case, *ranks: int) -> Tensor:
 
 
 def _on_axis(case: Case, group: fcomm.Group) -> Ranks:
-    """The case as a function of one rank's x alone; each rank takes its own further tensors."""
+    """The case as a function of x only; each rank takes its own further tensors."""
     fn = _literal(case, group, fcomm.sim)
     aux = case.aux(group.size)
 
@@ -95,7 +95,7 @@ def test_rules_against_finite_differences(case: Case, size: int) -> None:
     group, x = fcomm.axis("ranks", size), _input(case, size)
     fn = _on_axis(case, group)
     f = ruled(fn, group)
-    # The fast mode compares one random direction, of all of them at once.
+    # The fast mode compares one random direction, which combines all of them.
     gradcheck(f, (x,), check_batched_grad=True, check_undefined_grad=False, fast_mode=size == 3)
     gradgradcheck(f, (x,), fast_mode=True, check_undefined_grad=False)
     if x.numel():

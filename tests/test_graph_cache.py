@@ -1,4 +1,4 @@
-"""Compiled graphs that worlds of other sizes, and other ranks, find on disk: each world and rank gets its own.
+"""Compiled graphs left on disk by worlds of other sizes, and by other ranks: each world and rank gets its own.
 
 notes/0014-names-in-graphs.md.
 """
@@ -25,7 +25,7 @@ def lowering(name: str) -> Callable[..., Tensor]:
 
 
 def check_world(group: Group, backend: Backend) -> None:
-    """Arguments have one shape in every world and on every rank; results have not, nor has the second gradient."""
+    """Arguments have one shape in every world and on every rank; results and the second gradient do not."""
     n, rank = group.size, group.rank or 0
     sizes = [1] * (n - 1) + [13 - n]
 
@@ -58,7 +58,7 @@ def test_worlds_of_two_sizes_and_all_their_ranks_share_a_cache(tmp_path: Path, m
     backend = register_backend(Backend("ones", lowerings={name: lowering(name) for name in names}))
     try:
         for size, rank in ((2, 0), (2, 1), (3, 0)):
-            torch.compiler.reset()  # what is in memory is this process's own; the disk is shared
+            torch.compiler.reset()  # memory is this process's own; the disk is shared
             group = register_group(Group("everybody", tuple(range(size)), rank))
             check_world(group, backend)
             forget_group(group)

@@ -103,7 +103,7 @@ def test_traced_graphs_hold_exactly_these_collectives(case: Case) -> None:
     if case.differentiable:
         assert collectives(trace(pull)(x, *aux).graph) == forward + backward
         tangent = trace(lambda x, *aux: jvp(lambda x: call(x, *aux), (x,), (x,))[1])(x, *aux)
-        # The tangent may need the collectives of a non-linear rule too; the value's are there in any case.
+        # The tangent may also need the collectives of a non-linear rule; those of the value are there in any case.
         assert Counter(collectives(tangent.graph)) >= Counter(forward)
 
 
@@ -268,7 +268,7 @@ def test_shapes_do_not_recompile_on_an_axis() -> None:
 
 @pytest.mark.long
 def test_shapes_do_not_recompile_on_an_axis_in_all_families() -> None:
-    # Without "coalesced": torch's own vmap of cat makes its lengths constants, as the next test shows.
+    # Without "coalesced": torch's vmap of cat makes its lengths constants, as the next test shows.
     assert _recompiling(fcomm.axis("ranks", 2), fcomm.sim, [name for name in FAMILIES if name != "coalesced"]) == []
 
 
@@ -288,7 +288,7 @@ def test_shapes_do_not_recompile_in_processes() -> None:
 
 
 def _lengths_read_in_a_graph(world: Group, compiler: str) -> list[str]:
-    """A graph traced without knowing the ranks' lengths serves all of them, and refuses those that x has not."""
+    """A graph traced without knowing the ranks' lengths serves all lengths, and refuses those that do not fit x."""
 
     def fn(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         sizes = lengths.tolist()
@@ -324,7 +324,7 @@ def _lengths_read_in_a_graph(world: Group, compiler: str) -> list[str]:
         scatter(torch.ones(8, 2), torch.tensor(lengths))
         with pytest.raises(RuntimeError, match=r"Eq\("):
             scatter(torch.ones(9, 2), torch.tensor(lengths))
-        # A rank's own length: torch takes x's for it, and the ranks disagree.
+        # A rank's own length: torch uses x's for it, and the ranks disagree.
         with pytest.raises(fcomm.MismatchError, match="pass different sizes"):
             compiled(x, torch.tensor(lengths) + 1)
     return failures + ([] if graphs == 1 else [f"compiled {graphs} times"])
@@ -349,7 +349,7 @@ def test_an_unused_collective_stays_in_the_graph() -> None:
 
 
 def _one_rank_ignores(world: Group, compiler: str) -> list[str]:
-    """Rank 0 computes with the reduced value, the others throw it away."""
+    """Rank 0 computes with the reduced value, the others discard it."""
 
     def fn(x: Tensor) -> Tensor:
         y = fcomm.all_reduce(x.sin(), world, fcomm.c10d)
@@ -357,7 +357,7 @@ def _one_rank_ignores(world: Group, compiler: str) -> list[str]:
 
     compiled = torch.compile(fn, fullgraph=True, backend=compiler)
     x = torch.full((4,), 1.0 + world.rank)
-    got = [compiled(x), compiled(x + 1)]  # a missing call would be met by the next one
+    got = [compiled(x), compiled(x + 1)]  # a missing call would be paired with the next one
     sums = [sum(torch.sin(torch.tensor(1.0 + r + k)) for r in range(world.size)) for k in (0, 1)]
     want = [s.cos().expand(4) for s in sums] if world.rank == 0 else [x.cos(), (x + 1).cos()]
     return [] if all(torch.allclose(a, b) for a, b in zip(got, want, strict=True)) else [f"got {got}, want {want}"]

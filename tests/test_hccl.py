@@ -1,4 +1,4 @@
-"""Every collective through HCCL's own interface, on doubles of its library, whole and split: as test_nccl.py."""
+"""Every collective through HCCL's own interface, on doubles of its library, whole and split, as in test_nccl.py."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from fcomm.backends import hccl, library
 from fcomm.testing import TRANSFORMS, run_ranks
 
 DOUBLE, SPLIT = "hccl", "hccl-split"
-# Three ranks tell a permutation from its inverse; these transforms reach every lowering forwards and backwards.
+# Three ranks distinguish a permutation from its inverse; these transforms reach every lowering in both directions.
 FEW = ("forward", "vjp", "jvp", "vmap of grad")
 
 
-@pytest.mark.long  # test_nccl.py does it in every run; what differs is below the lowerings' shared parts
+@pytest.mark.long  # test_nccl.py does it in every run; the two differ only below the lowerings' shared parts
 def test_every_case_under_every_transform() -> None:
     run_ranks(check, 2, DOUBLE, sized(2), tuple(TRANSFORMS), timeout_s=400)
 

@@ -1,4 +1,4 @@
-"""Importing fcomm costs little over torch, and opens nothing."""
+"""Importing fcomm costs little more than importing torch, and opens nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print(json.dumps([cost_s, before, state(), heavy]))
 
 
 def test_importing_costs_at_most_50_ms_over_torch_and_opens_nothing() -> None:
-    # As an installation does; a checkout that forbids writing bytecode would measure the compiler.
+    # As an installation does; in a checkout that forbids writing bytecode, the test would measure the compiler.
     compileall.compile_dir(Path(fcomm.__file__).parent, quiet=1)
     costs = []
     while len(costs) < 5 and (not costs or min(costs) > 0.05):

@@ -1,4 +1,4 @@
-"""Results are new tensors: the caller may write into them, whatever a machine made them of."""
+"""Results are new tensors: the caller may write into them, whatever a machine made them from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vendors import DOUBLES, backend
 import fcomm
 from fcomm.testing import Case, run_ranks
 
-# What is not linear has its result saved, as torch's own functions have.
+# The others save their results, as torch's own non-linear functions do.
 LINEAR = [
     case
     for case in CASES.values()
@@ -23,7 +23,7 @@ LINEAR = [
 
 
 def _pairs(case: Case, world: fcomm.Group, on: fcomm.Backend) -> Iterator[tuple[Tensor, Tensor]]:
-    """Gradients of 3 y, where y becomes that in place, and where it does not."""
+    """Gradients of 3 y, once computed in place and once not."""
     shape, rank = tuple(case.shape(world.size)), world.rank or 0
     aux = [values[rank] for values in case.aux(world.size)]
     for _ in range(2):
@@ -80,7 +80,7 @@ def test_results_of_lists_are_contiguous_and_may_be_changed_in_place(size: int) 
 
 
 def check_shared(world: fcomm.Group) -> list[str]:
-    """A change of one result where a derivative reads another is refused, and never a wrong derivative."""
+    """Changing one result in place when a derivative reads another is refused, and never gives a wrong derivative."""
     failures = []
     for op in ("sum", "max"):
         a = torch.ones(3, requires_grad=True)

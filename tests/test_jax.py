@@ -1,11 +1,11 @@
 """JAX as the oracle: random programs of collectives and elementwise operations, the same in jax.lax and compat.lax.
 
 A program is data: steps that both interpreters run, one with jax.lax and the axis name, one with compat.lax and the two
-handles; what follows the axis in a call is literally the same. Values, vjp, jvp, vmap and second derivatives must agree
-in float64, simulated (rules inside the axis and autograd around it, eager and compiled) and in real processes.
+handles; what follows the axis in a call is the same text. Values, vjp, jvp, vmap and second derivatives must agree in
+float64, simulated (rules inside the axis and autograd around it, eager and compiled) and in real processes.
 
 make test-jax installs JAX and runs this; FCOMM_JAX_PROGRAMS and FCOMM_JAX_SEED choose how many programs and which.
-Alone: python tests/test_jax.py MINUTES draws until the time is over.
+By itself, python tests/test_jax.py MINUTES draws until the time is over.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Program:
 
     @property
     def beyond_vmap(self) -> bool:
-        """Whether jax.vmap cannot do it: blocks of ranks, a partial ppermute, an all_to_all of a shared value."""
+        """Whether jax.vmap cannot run it: blocks of ranks, a partial ppermute, an all_to_all of a shared value."""
         partial = any(name == "ppermute" and len(args[0]) < self.size for name, _, args, _ in self.steps)
         blocks = any("axis_index_groups" in options for *_, options in self.steps)
         return partial or blocks or not {"all_to_all", "pswapaxes"}.isdisjoint(self.collectives)
@@ -57,8 +57,8 @@ class Program:
 
 # --- drawing ------------------------------------------------------------------------------------------------------
 
-# Each takes (random, shape, size) and returns the arguments after the axis and the shape of the result, or None where
-# the shape does not allow it.
+# Each takes (random, shape, size) and returns the arguments after the axis and the shape of the result, or None if the
+# shape does not allow it.
 
 
 def _same(random: Random, shape: tuple[int, ...], n: int) -> Any:
@@ -263,7 +263,7 @@ def with_jax(program: Program, x: Tensor, ct: Tensor, t: Tensor, use_shard_map: 
 
     def collective(name: str, x: Any, *args: Any, **options: Any) -> Any:
         if name in ("pmax", "pmin"):
-            # jax.lax.pmax has no derivative; max over the gathered values has, and ties share it.
+            # jax.lax.pmax has no derivative; a max over the gathered values has one, which ties share.
             return getattr(jnp, name[1:])(jax.lax.all_gather(x, "i", **options), axis=0)
         if name == "pbroadcast":
             # Not lowered on CPU; this is its definition in JAX's documentation.
@@ -285,7 +285,7 @@ def with_jax(program: Program, x: Tensor, ct: Tensor, t: Tensor, use_shard_map: 
         y, pull = jax.vjp(f, x)
         push = jax.jvp(f, (x,), (t,))[1]
         second = jax.jvp(lambda x: jax.vjp(f, x)[1](ct)[0], (x,), (t,))[1]
-        # vmap as what it means: jax.vmap of a collective inside an axis raises IndexError for some of these programs.
+        # vmap written out: jax.vmap of a collective inside an axis raises IndexError for some of these programs.
         return y, pull(ct)[0], push, jnp.stack((f(x), f(t)), -1), second
 
     results = jax.jit(everything)(*(jnp.asarray(v.numpy()) for v in (x, ct, t)))
@@ -383,7 +383,7 @@ def test_programs_in_processes_equal_jax(size: int) -> None:
 
 @pytest.mark.long
 def test_the_comparison_notices_a_wrong_program() -> None:
-    """Planted: another permutation, and a gather along another axis."""
+    """Planted faults: a different permutation, and a gather along a different axis."""
     perm = ((0, 1), (1, 2), (2, 0))
     right = Program(3, (3, 3), (("ppermute", (0,), (perm,), {}), ("all_gather", (1,), (), {"axis": 1})), 1)
     inverse = tuple((d, s) for s, d in perm)
@@ -402,7 +402,7 @@ def test_the_comparison_notices_a_wrong_program() -> None:
 
 
 def search(minutes: float) -> None:
-    """Draw programs until the time is over, showing how far it is; exit 1 at the first differences."""
+    """Draw programs until the time is over, showing progress; exit 1 at the first differences."""
     deadline, seed, programs, count = time.monotonic() + 60 * minutes, SEED, 0, 0
     refused: list[str] = []
     names = Counter[str]()

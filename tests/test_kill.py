@@ -1,4 +1,4 @@
-"""Ranks that die, stop, or raise: every survivor raises, soon, names the culprit, and can start anew.
+"""Ranks that die, stop, or raise: every survivor soon raises, names the culprit, and can start again.
 
 A rank writes what happened to it into a file of its own, since its process may be the one that dies.
 """
@@ -48,7 +48,7 @@ CALLS: dict[str, Callable[[torch.Tensor, fcomm.Group], Any]] = {
 
 
 def shared_names() -> set[str]:
-    # Other programs of the machine make these: Open MPI, and multiprocessing's locks.
+    # Other programs on the machine make these: Open MPI, and multiprocessing's locks.
     return {name for name in os.listdir("/dev/shm") if not name.startswith(("vader_segment", "sem.mp-"))}
 
 
@@ -56,7 +56,7 @@ def shared_names() -> set[str]:
 
 
 def trial_main(rank: int, size: int, root: str, plan: dict[str, Any]) -> None:
-    """Calls collectives for ever; how it ends goes into a file, and what a group made afterwards gives."""
+    """Call collectives for ever; write to a file how that ends, and what a group made afterwards returns."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(plan["port"]))
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the test serves the store, and outlives every rank
@@ -123,7 +123,7 @@ ERRORS = {"kill": "PeerDiedError", "exit": "PeerDiedError", "raise": "PeerDiedEr
 
 
 def trial(size: int, act: str, call: str, length: int, seed: int, root: Path) -> list[float]:
-    """Run, strike one rank at a random moment, and check what the others say; returns the seconds it took each."""
+    """Run, strike one rank at a random moment, and check what the others say; return the seconds it took each."""
     root.mkdir()
     draw = random.Random(seed)
     victim = draw.randrange(size)
@@ -156,7 +156,7 @@ def trial(size: int, act: str, call: str, length: int, seed: int, root: Path) ->
         assert end["again_s"] < 0.9 * timeout_s, "an unusable group says so at once"
         assert end["total"] == len(survivors), "the next group of the survivors works"
         took.append(end["at"] - struck)
-    # A third of the deadline that they have where they do not wait for it.
+    # A third of the deadline, unless they have to wait for it.
     assert sorted(took)[len(took) // 2] < (timeout_s if act == "stop" else 0.0) + 5.0, (plan, took)
     assert max(took) < (timeout_s if act == "stop" else 0.0) + 10.0, (plan, took)
     assert shared_names() <= before
@@ -186,7 +186,7 @@ def test_survivors_raise_and_name_the_dead(size: int, act: str, call: str, lengt
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_two_hundred_random_deaths(size: int, tmp_path: Path) -> None:
     draw, took = random.Random(size), []
-    calls = [name for name in CALLS if name != "recv" or size == 2]  # in a ring, who ends first ends others
+    calls = [name for name in CALLS if name != "recv" or size == 2]  # in a ring, the first to end would end others
     for k in range(70):
         act = draw.choice(["kill", "kill", "kill", "exit", "raise"])
         took += trial(size, act, draw.choice(calls), draw.choice([1, 1000, 400_000]), k, tmp_path / str(k))
@@ -200,7 +200,7 @@ def opening_main(rank: int, size: int, root: str, plan: dict[str, Any]) -> None:
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(not plan["serves"])
     world = fcomm.init(timeout_s=30.0)
     if rank == plan["victim"]:
-        if plan["claims"]:  # it dies a step later
+        if plan["claims"]:  # it dies one step later
             shm_opening.why_not_shared(live(world), native.ABI)
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
@@ -210,7 +210,7 @@ def opening_main(rank: int, size: int, root: str, plan: dict[str, Any]) -> None:
         end = [type(error).__name__, str(error), list(error.culprits), time.monotonic() - start]
         Path(root, f"tmp{rank}").write_text(json.dumps(end))
         Path(root, f"tmp{rank}").rename(Path(root, f"end{rank}"))
-        signal.pause()  # or it would be dead, too
+        signal.pause()  # or it would be dead too
 
 
 @pytest.mark.parametrize("claims", [False, True])

@@ -1,4 +1,4 @@
-"""What goes on after a call has returned, where a device would be needed to see it: one moment, made by hand."""
+"""What goes on after a call has returned, in moments that only a device would show, each set up by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_send_that_ends_just_after_the_wait_for_it_was_taken() -> None:
 
 
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Team]:
-    """Teams on a device that has done all it was given."""
+    """Teams on a device that has finished all its work."""
     event = SimpleNamespace(query=lambda: True)
     stream = SimpleNamespace(record_event=lambda: event)
     module = SimpleNamespace(current_stream=lambda device: stream, device=nullcontext)
@@ -95,7 +95,7 @@ def test_the_watch_goes_on_past_a_group_that_opens_and_one_that_breaks(monkeypat
 
     monkeypatch.setattr(later, "look_around", look_around)
     monkeypatch.setattr(later, "give_up", lambda on, op, library, error, among, heard: gave_up.append((on, str(error))))
-    with opens.main.lock:  # as a call that waits for the other ranks
+    with opens.main.lock:  # like a call that waits for the other ranks
         for on in (opens, breaks, last):
             later.watch(on, "all_reduce", 0.0)
         for _ in range(2):
@@ -109,7 +109,7 @@ def test_the_watch_goes_on_past_a_group_that_opens_and_one_that_breaks(monkeypat
 def test_what_the_device_finishes_during_the_look_at_the_others_is_done(
     monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
-    """A rank may end after its part of the last call, between another's looks at its device and at the ranks."""
+    """A rank may end after its part of the last call, between another's checks of its device and of the ranks."""
     on, passed, library = on_device(monkeypatch)(), threading.Event(), SimpleNamespace(codes=None)
 
     def look_around(*args: object) -> None:
@@ -124,7 +124,7 @@ def test_what_the_device_finishes_during_the_look_at_the_others_is_done(
 
 
 def test_without_its_store_a_rank_that_ended_fails_the_calls_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who serves the store may close the group and end, while others close it too, or have not called it since."""
+    """The rank that serves the store may close and end, while others close too, or have not called since."""
 
     class Lost:
         def check(self, *args: object) -> None:
@@ -141,7 +141,7 @@ def test_without_its_store_a_rank_that_ended_fails_the_calls_that_need_it(monkey
         failure.look_around(on, op, math.inf, (0, 1))
     asked.clear()
     failure.look_around(on, "recv", math.inf, (1,))
-    assert asked == ["here/2/2"]  # a look at a rank costs a file read
+    assert asked == ["here/2/2"]  # checking a rank costs reading a file
     with pytest.raises(fcomm.PeerDiedError, match=r"rank 0 \(process 1\) ended") as caught:
         failure.look_around(on, "recv", math.inf, (0, 1))
     assert caught.value.culprits == (0,)

@@ -122,7 +122,7 @@ def test_a_killed_rank_and_one_that_exits() -> None:
 
 
 class LateStatus:
-    """A process whose exit code comes late, as from a fork server that gets no core for seconds."""
+    """A process whose exit code comes late, as if the fork server got no core for seconds."""
 
     exitcode: int | None = None
 
@@ -325,7 +325,7 @@ def test_a_backend_that_the_ranks_do_not_have_says_what_to_do() -> None:
             fcomm.run(named, 1, opened, {})
     finally:
         del BACKENDS[opened.name]
-    # What is not registered is a value like any other.
+    # An unregistered backend is a value like any other.
     private = Backend("private", ("cpu",), {"barrier": test_backends_travel_by_name}, {"scan": "slow"})
     other = pickle.loads(pickle.dumps(private))
     assert (other, other.lowerings, other.unsupported) == (private, private.lowerings, private.unsupported)

@@ -23,7 +23,7 @@ from fcomm.testing import run_ranks
 CELLS = [(name, n) for name, case in CASES.items() for n in case.sizes]
 BACKENDS = ["cpu", "c10d"]
 
-# Sums over a [D F] product in another order.
+# Sums over a [D F] product are taken in a different order.
 TOLERANCE = 1e-10
 
 
@@ -79,7 +79,7 @@ def test_jvp(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "moe_uneven"])
 def test_vmap_over_an_ensemble_of_parameters(name: str) -> None:
-    # moe_uneven is left out: its sizes belong to one choice of experts, and each member of an ensemble chooses anew.
+    # moe_uneven is left out: its sizes belong to one choice of experts, and each member of an ensemble makes its own.
     case, n = CASES[name], 2
     group = fcomm.axis("layer", n)
     wholes = list(case.args(n))
@@ -132,7 +132,7 @@ def test_simulated_and_compiled_by_inductor(name: str) -> None:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts calls of collectives, and the bytes a rank sends in them, by nccl-tests' factors."""
+    """Counts calls of collectives, and the bytes that a rank sends in them, by nccl-tests' factors."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers where numbers are difficult: no entry of the vocabulary, not finite, half types; attention as torch's own."""
+"""Layers on difficult numbers: targets outside the vocabulary, not finite, half types; and attention."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_targets_outside_the_vocabulary_are_ignored_or_nan(vocab: int | None, co
     target = torch.tensor([[0, -100, 6], [3, -100, 5]])
 
     def losses(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """The loss of each position, on both ranks, and the gradient of their sum by the whole of the logits."""
+        """The loss of each position, on both ranks, and the gradient of their sum with respect to all logits."""
 
         def summed(parts: Tensor) -> tuple[Tensor, Tensor]:
             loss = fcomm.simulate(
@@ -54,7 +54,7 @@ def test_targets_outside_the_vocabulary_are_ignored_or_nan(vocab: int | None, co
     assert not loss[:, :, 1].any()
     assert not gradient[:, 1].any()
 
-    # Any other is NaN, the loss and the gradient of its position alone.
+    # Any other target makes the loss and the gradient NaN, only at its own position.
     last = 8 if vocab is None else vocab
     for wrong in (-1, -99, last, last + 100, 2**40):
         spoiled = target.clone()
@@ -152,7 +152,7 @@ def test_ring_attention_over_values_that_add_up_to_more_than_float16_has(zigzag:
 # --- attention against torch's own --------------------------------------------------------------------------------
 
 
-# Zigzag is an order for the causal mask.
+# Zigzag only makes sense with the causal mask.
 ATTENTIONS = [(name, causal) for name in ("ulysses", "ulysses-fused", "ring", "usp") for causal in (False, True)]
 
 

@@ -1,4 +1,4 @@
-"""Worked models: gradients on a mesh of axes, and training that takes the same course as on one device."""
+"""Worked models: gradients on a mesh of axes, and training that follows that on one device."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_gradient_of_gpt_on_a_mesh(sizes: tuple[int, int, int]) -> None:
         torch.testing.assert_close(got[name], rows, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-# One block less: fifty steps take a while on a simulated mesh.
+# One block fewer: fifty steps take a while on a simulated mesh.
 SMALL = replace(MODEL, blocks=1)
 SMALL_PARAMS = layers.init_params(SMALL)
 
@@ -109,7 +109,7 @@ def assert_same_course(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted.expand_as(got), rtol=1e-5, atol=0)
 
 
-@pytest.mark.long  # make test trains it in processes, below, and takes its gradient on three axes, above
+@pytest.mark.long  # make test trains it in processes (below) and takes its gradient on three axes (above)
 def test_training_of_gpt_on_dp_and_tp() -> None:
     axes = simulated_axes(dp=2, sp=1, tp=2)
     assert_same_course(over(axes, lambda: gpt_course(axes, fcomm.sim)), dense_gpt_course())
@@ -284,7 +284,7 @@ def test_training_of_a_pipeline(stages: int) -> None:
 
 
 def test_ticks_without_a_micro_batch_leave_no_nan() -> None:
-    """A stage that has an infinite derivative at zero: nothing of it reaches the gradient."""
+    """A stage has an infinite derivative at zero, which must not reach the gradient."""
     pp = fcomm.axis("pp", 3)
     gen = torch.Generator().manual_seed(0)
     weights, x = torch.randn(3, 4, 4, generator=gen).double(), torch.randn(MICRO, 2, 4, generator=gen).double()
@@ -311,7 +311,7 @@ def _first_and_second(loss: Callable[[Tensor], Tensor], weight: Tensor) -> tuple
     return first(weight), grad(lambda w: first(w).sum())(weight)
 
 
-# Each is defined on what the one before it gives, and on no more.
+# Each is defined only on the results of the one before it.
 DOMAINS = (lambda w, x: (w * x).exp(), lambda w, x: -w * x.sqrt(), lambda w, x: w * (-x).sqrt())
 
 
@@ -348,7 +348,7 @@ def test_the_losses_of_half_types_add_up_in_float32() -> None:
 
 
 class Activations(TorchDispatchMode):
-    """The results of tanh that something still holds."""
+    """The results of tanh that are still referenced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -365,7 +365,7 @@ class Activations(TorchDispatchMode):
 
 
 def _parameters_on_rank(world: fcomm.Group) -> list[str]:
-    """What requires grad outside leaves no graph: not of params, of micro, nor of what stage and loss close over."""
+    """Tensors that require grad outside leave no graph: not params, not micro, nor what stage and loss close over."""
     module = torch.nn.Linear(2, 2)
     params = {**dict(module.named_parameters()), "power": torch.tensor(2)}
     held = []

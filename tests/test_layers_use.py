@@ -48,7 +48,7 @@ def mlp_with(enter: Any, leave: Any) -> Any:
     ("enter", "leave", "weights_times", "x_times"),
     [
         (fcomm.pvary, fcomm.all_reduce_invariant, 1, 1),
-        # all_reduce says: each rank uses the sum in its own way, so n cotangents add up. Here they are n times one.
+        # all_reduce means that each rank uses the sum in its own way, so n cotangents add up. Here they are n times one.
         (fcomm.pvary, fcomm.all_reduce, N, N),
     ],
 )
@@ -59,7 +59,7 @@ def test_all_reduce_where_all_reduce_invariant_belongs(
     loss = mlp_with(enter, leave)
     of_up, of_down, of_x = fcomm.simulate(grad(loss, argnums=(0, 1, 2)), TP)(*parts, x.expand(N, *x.shape))
     wanted = grad(dense_loss, argnums=(1, 2, 0))(x, up, down)
-    # The value is right either way: nothing but a gradient check against the dense model shows the fault.
+    # The value is right either way: only a gradient check against the dense model shows the fault.
     value = fcomm.simulate(loss, TP)(*parts, x.expand(N, *x.shape))
     torch.testing.assert_close(value, dense_loss(x, up, down).expand(N))
     torch.testing.assert_close(of_up, weights_times * stack_parts(wanted[0], 0, N))
@@ -69,7 +69,7 @@ def test_all_reduce_where_all_reduce_invariant_belongs(
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_the_wrong_choice_grows_with_depth(n: int) -> None:
-    """n times too much in the last of two layers, n * n in the first: no learning rate mends that."""
+    """n times too much in the last of two layers, n * n in the first: no learning rate can correct that."""
     tp = fcomm.axis("tp", n)
     x, *weights = (
         draw(*shape, seed=i) for i, shape in enumerate([(2, 3), (2 * n, 3), (3, 2 * n), (2 * n, 3), (3, 2 * n)])
@@ -168,7 +168,7 @@ def test_functional_call_of_a_module() -> None:
 
 
 class ParallelBlock(torch.nn.Module):
-    """A module of the whole block, trained with torch.optim as any other."""
+    """A module of the whole block, trained with torch.optim like any other."""
 
     def __init__(self, params: dict[str, Tensor], group: fcomm.Group, backend: fcomm.Backend) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def _trained_module(world: fcomm.Group, backend: str, compiled: bool) -> list[Te
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        # Each rank's own positions: the sum of all ranks' losses is what is differentiated.
+        # Each rank has its own positions: what is differentiated is the sum of all ranks' losses.
         step(x[world.rank]).square().sum().backward()
         optimizer.step()
     return [module.params[name].detach() for name in dense.BLOCK]
@@ -246,7 +246,7 @@ def _per_sample_on_rank(world: fcomm.Group, backend: str) -> Any:
 
 
 def _hessian_on_rank(world: fcomm.Group, backend: str) -> Any:
-    """Second derivatives through the layer: of the loss by x."""
+    """Second derivatives through the layer: of the loss with respect to x."""
     (x, _, _), (ups, downs) = mlp_args()
     handles = (world, getattr(fcomm, backend))
     return hessian(lambda x: layers.mlp(x, ups[world.rank], None, downs[world.rank], None, *handles).square().mean())(x)
@@ -317,7 +317,7 @@ def test_expert_counts() -> None:
 
 
 def _tokens_on_rank(world: fcomm.Group, layer: Any) -> list[str]:
-    """All tokens are rank 0's; value and gradients are the dense layer's."""
+    """All tokens are on rank 0; value and gradients are those of the dense layer."""
     x, router, up, down = dense.CASES["moe_capacity"].args(world.size)
     ct = draw(*x.shape, seed=9)
     y, of_x, of_router, of_up, of_down = dense.value_and_vjp(dense.moe, [x, router, up, down], ct)
@@ -398,7 +398,7 @@ def test_too_little_room_on_a_rank_alone() -> None:
 X, Q, ROUTED = torch.ones(2, 2), torch.ones(1, 2, 2, 2), (torch.ones(2, 1), torch.zeros(2, 1).long())
 EXPERTS = torch.ones(1, 2, 2), torch.ones(1, 2, 2)
 TOKENS = torch.zeros(2, 2).long()
-# Each layer that asks for more of its group than to pass it on.
+# The layers that use their group for more than passing it on.
 ASKING: dict[str, Any] = {
     "shard_parameters": lambda g, b: layers.shard_parameters([X], g, b),
     "gather_parameters": lambda g, b: layers.gather_parameters([X], [X.shape], g, b),
@@ -423,7 +423,7 @@ def test_what_is_no_group_is_named(name: str) -> None:
 
 
 def test_replicate_takes_what_can_be_gone_through_once() -> None:
-    """As a module's parameters() is: gone through twice, its parameters stayed as they were."""
+    """Such as a module's parameters(): iterated over twice, the second loop would find nothing."""
 
     def loss(weight: Tensor, x: Tensor) -> Tensor:
         (own,) = layers.replicate((p for p in [weight]), TP, fcomm.sim)
@@ -493,7 +493,7 @@ def test_three_ways_of_data_parallelism_agree() -> None:
 
 
 def _bytes_on_rank(world: fcomm.Group, backend: str) -> list[str]:
-    """Bytes a rank sends, float64, by the formulas in the layers' own texts."""
+    """The bytes that a rank sends, in float64, by the formulas in the layers' docstrings."""
     n, failures = world.size, []
     handles = {"group": world, "backend": getattr(fcomm, backend)}
     each, twice = (n - 1) / n, 2 * (n - 1) / n

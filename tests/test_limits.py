@@ -1,7 +1,7 @@
 """What torch.compile cannot do without any collective: why a cell of the matrix is empty, and what to write instead.
 
 Each limit is shown in plain torch. When a new torch lifts one, its test fails, and the reason in fcomm/testing/check.py
-goes. Every attempt runs in a process of its own: a compilation that fails inside a transform leaves torch broken.
+can go. Every attempt runs in a separate process: a compilation that fails inside a transform leaves torch broken.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import fcomm
 X = torch.arange(6, dtype=torch.float64).reshape(3, 2) / 5
 RANKS = fcomm.axis("ranks", 3)
 
-# A process and a compilation for each: they are about torch, and change only with it.
+# Long, since each needs a process and a compilation; the results change only with torch.
 pytestmark = pytest.mark.long
 
 
@@ -55,7 +55,7 @@ def _reduced(x: Tensor) -> Tensor:
 
 
 def _around(x: Tensor) -> Tensor:
-    """The Hessian of the whole simulated program: every rank's derivative by every rank's x."""
+    """The Hessian of the whole simulated program: every rank's derivative with respect to every rank's x."""
     return hessian(lambda x: fcomm.simulate(_reduced, RANKS)(x).cos().sum())(x)
 
 
@@ -77,14 +77,14 @@ def _vjp_of_jvp(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 FORWARD_MODE = "InferenceMode::is_enabled"
 ATTEMPTS: dict[str, tuple[Callable[[Tensor], Any], str | None]] = {
-    # plain torch, and what its refusal says; None where it compiles
+    # plain torch, and the text of its refusal; None if it compiles
     "vmap of jacfwd of a product with a constant": (vmap(jacfwd(lambda x: 2 * x)), FORWARD_MODE),
     "vmap of hessian": (vmap(hessian(_loss)), FORWARD_MODE),
     "vmap of jacfwd of grad": (vmap(jacfwd(grad(_loss))), FORWARD_MODE),
     "vmap of vjp of jvp of a sum times a constant": (vmap(_vjp_of_jvp(_twice_sum)), "Please convert all Tensors"),
     "checkpoint of a side effect": (_checkpoint(_with_side_effect), "Unsafe side effect"),
     "inference mode of vmap over an outer tensor": (_inference, "version_counter"),
-    # neighbours of those, so that the reasons say no more than is true
+    # neighbours of those that compile, so that the reasons claim no more than is true
     "vmap of jacfwd of a square": (vmap(jacfwd(lambda x: x * x)), None),
     "vjp of jvp of a sum times a constant": (_vjp_of_jvp(_twice_sum), None),
     "hessian": (lambda x: hessian(_loss)(x[0]), None),
@@ -104,7 +104,7 @@ ATTEMPTS: dict[str, tuple[Callable[[Tensor], Any], str | None]] = {
 
 
 def _attempt(world: fcomm.Group, name: str) -> str | None:
-    """Compile it; the refusal, or None if the result is that of eager."""
+    """Compile it; return the refusal, or None if the result equals the eager one."""
     fn, _ = ATTEMPTS[name]
     expected = fn(X.clone())
     try:
@@ -135,7 +135,7 @@ def _hessian_in_processes(world: fcomm.Group) -> tuple[Tensor, Tensor]:
 
 
 def test_a_compiled_hessian_in_processes_and_around_simulate_agree() -> None:
-    """All ranks run the same program: the rank's Hessian is by a change of all ranks' x at once."""
+    """All ranks run the same program, so a rank's Hessian is for a change of all ranks' x at once."""
     around = torch.compile(_around, fullgraph=True, backend="aot_eager")(X)
     for rank, (eager, compiled) in enumerate(fcomm.run(_hessian_in_processes, 3)):
         torch.testing.assert_close(compiled, eager)

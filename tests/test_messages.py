@@ -14,7 +14,7 @@ import fcomm
 from fcomm.backends.pool import native
 from fcomm.testing import run_ranks
 
-# A message may come much later than its receiver waits for it: longer than a waiting rank's looks around.
+# A message may come long after its receiver started to wait: the delay is longer than the interval of its checks.
 
 
 def _late(world: fcomm.Group, backend: str) -> Tensor:
@@ -142,7 +142,7 @@ def check_one_cotangent(world: fcomm.Group, backend: str) -> list[str]:
     torch.testing.assert_close(each(batch), batch.cos() * right)
     torch.testing.assert_close(torch.func.jvp(each, (batch,), (batch,))[1], -batch.sin() * batch * right)
     torch.testing.assert_close(torch.compile(each, fullgraph=True, backend="aot_eager")(batch), batch.cos() * right)
-    if rank == 0:  # no token: the batch is like's alone
+    if rank == 0:  # no token: only like is batched
         torch.vmap(lambda x: torch.func.vjp(lambda x: fcomm.send(x, *on, dst=1), x)[1](torch.zeros(0)))(batch)
     elif rank == 1:
         torch.vmap(lambda x: torch.func.vjp(lambda x: fcomm.recv(x, *on, src=0), x)[1](ct))(batch)
@@ -186,7 +186,7 @@ def test_messages_of_many_dimensions_arrive_and_are_compared() -> None:
 
 
 def _data_beside(v: Tensor, step: int, world: fcomm.Group, backend: str) -> Tensor:
-    """A ring in which the messages have no derivative, and what stands beside them has."""
+    """A ring in which the messages have no derivative, but the tensors beside them have one."""
     data = torch.full((3,), 10.0 * step + (world.rank or 0))
     return fcomm.recv(v, world, getattr(fcomm, backend), after=fcomm.send(data, world, getattr(fcomm, backend)))
 

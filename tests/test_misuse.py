@@ -1,4 +1,4 @@
-"""Ranks that disagree, come late, are interrupted, fork, lack descriptors, or leave: each is told, and told of."""
+"""Ranks that disagree, come late, are interrupted, fork, lack descriptors, or leave: they and the others get errors."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ MISMATCHES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 def check_mismatches(world: fcomm.Group, names: list[str]) -> list[str]:
     failures = []
-    shm_failure._PATIENCE_S = 20.0  # nobody is missing
+    shm_failure._PATIENCE_S = 20.0  # no rank is missing
     for k, name in enumerate(names):
         odd = k % world.size
         group = fcomm.subgroup(world, range(world.size), name=f"{name} {k}", timeout_s=60)
@@ -206,7 +206,7 @@ def test_the_deadline_names_all_who_are_late() -> None:
     results = run_ranks(check_deadline, 4, timeout_s=60)
     assert [text for _, _, text in results] == [""] * 4
     began, ended, _ = zip(results[0], results[2], strict=True)
-    # Whoever came first waited for all of its deadline, and the error of one is that of both.
+    # The first to come waited for its whole deadline, and both have the same error.
     assert min(ended) - min(began) > 1.9
     assert max(ended) - max(began) < 20
 
@@ -263,7 +263,7 @@ def test_ctrl_c_ends_a_wait() -> None:
 
 
 def check_interrupted_close(world: fcomm.Group) -> list[str]:
-    """A message that nobody receives holds close() up, until Ctrl-C."""
+    """A message that nobody receives holds up close() until Ctrl-C."""
     group = fcomm.subgroup(world, range(2), name="sends", timeout_s=50.0)
     fcomm.barrier(group, fcomm.cpu)
     if world.rank == 1:
@@ -295,7 +295,7 @@ def check_closed_beneath(world: fcomm.Group) -> list[str]:
         wait_for_word(world, "closed")
         try:
             fcomm.all_reduce(ones(4), group, fcomm.cpu)
-            return []  # its part was there already
+            return []  # its part was already there
         except fcomm.PeerDiedError as error:
             return [] if error.culprits == (0,) else [str(error)]
     texts: list[str] = []
@@ -399,14 +399,14 @@ def descriptors_left(count: int) -> Iterator[None]:
 
 
 def check_without_descriptors(world: fcomm.Group, poor: int) -> list[str]:
-    """A rank that can open no file says so, and takes nobody for dead whom it cannot look up."""
+    """A rank that can open no file says so, and does not take a rank for dead that it cannot look up."""
     failures: list[str] = []
     fcomm.barrier(world, fcomm.c10d)
     for left in (0, 1, 2, 3, 4, 5):
         group = fcomm.subgroup(world, range(world.size), name=f"poor {left}", timeout_s=30.0)
         fcomm.barrier(world, fcomm.c10d)
         if world.rank == (poor + 1) % world.size:
-            time.sleep(0.4)  # so that the others look around
+            time.sleep(0.4)  # so that the others check the ranks
         with descriptors_left(left) if world.rank == poor else contextlib.nullcontext():
             fcomm.barrier(world, fcomm.c10d)
             try:

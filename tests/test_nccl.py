@@ -25,7 +25,7 @@ from fcomm.backends import library, nccl
 from fcomm.testing import TRANSFORMS, run_ranks
 
 DOUBLE, OLD = "nccl", "nccl-2.21"
-# Three ranks tell a permutation from its inverse; these transforms reach every lowering forwards and backwards.
+# Three ranks distinguish a permutation from its inverse; these transforms reach every lowering in both directions.
 FEW = ("forward", "vjp", "jvp", "vmap of grad")
 
 

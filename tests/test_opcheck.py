@@ -19,7 +19,7 @@ from fcomm.registration import RECORDS, Record
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 NAMES = tuple(name for name in RECORDS if name in collectives.__all__)  # other tests define more
 
-# Where op is a parameter, "prod" too: it saves x and y, and its rules are not linear.
+# If op is a parameter, also "prod": it saves x and y, and its rules are not linear.
 VARIANTS = tuple(
     (name, op)
     for name in NAMES
@@ -42,7 +42,7 @@ def arguments(record: Record, group: fcomm.Group, op: str) -> tuple[Any, ...]:
     inputs = [
         torch.randn(2 * n, 3, generator=generator, dtype=torch.float64).requires_grad_() for _ in record.inputs
     ]  # fmt: skip
-    # ragged_all_to_all: one row to each rank, behind the row of the rank before.
+    # ragged_all_to_all: one row to each rank, after the row of the previous rank.
     routes = (torch.arange(n), torch.ones(n, dtype=torch.int64), torch.full((n,), group.rank), torch.ones(n).long())
     return (*inputs, *routes[: len(record.aux)], None, *(values[p] for p in record.params), group.key, "c10d")
 
@@ -80,7 +80,7 @@ def test_on_two_ranks() -> None:
 
 
 def test_a_wrong_fake_kernel_is_found() -> None:
-    """The check is not vacuous: a shape rule that says something else than the kernel returns."""
+    """The check is not vacuous: it finds a shape rule that differs from the kernel's result."""
     source = RECORDS["barrier"]
     fcomm.define("misshapen", spec=source.spec, shape=lambda s, group: (*s, 1), vjp=source.vjp)
     assert [text.split(":")[1] for text in report("misshapen", "sum", _one_rank())][:1] == [" test_faketensor"]

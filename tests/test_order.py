@@ -1,4 +1,4 @@
-"""A compiled program calls the collectives of the eager one, in its order, whatever a rank does with the results.
+"""A compiled program makes the eager one's calls of collectives, in its order, whatever a rank does with the results.
 
 Forward and backward: ranks whose graphs merged, moved, repeated or reordered calls differently would wait for each
 other. notes/0013-ranks-that-differ.md.
@@ -31,7 +31,7 @@ Program = Callable[[Tensor, Tensor], Any]
 
 @contextmanager
 def uncached() -> Iterator[None]:
-    """A graph that an earlier fcomm compiled must not come from the disk."""
+    """Keep graphs that an earlier fcomm compiled from being loaded from disk."""
     with (
         torch._inductor.config.patch(fx_graph_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),
@@ -54,7 +54,7 @@ CALLS: tuple[Callable[[Tensor, Group, Backend], Tensor], ...] = (
 
 
 def drawn(seed: int, use: int, group: Group, backend: Backend, *, ignore: bool) -> Program:
-    """The calls depend on seed only; what is done with the results depends on use, too."""
+    """The calls depend only on seed; what is done with the results also depends on use."""
     draw = random.Random(seed)
     values, calls = [0, 1], []
     for k in range(draw.randint(2, 6)):
@@ -101,7 +101,7 @@ def backward(fn: Program) -> Program:
 
 @contextmanager
 def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Group, Backend, list[Any]]]:
-    """A group of two that has no processes, and a backend that notes its calls and returns ones."""
+    """A group of two that has no processes, and a backend that records its calls and returns ones."""
     log: list[Any] = []
 
     def lowering(name: str) -> Callable[..., Tensor]:
@@ -117,7 +117,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Group, Backend,
     group = register_group(Group("two", (0, 1), 0))
     backend = register_backend(Backend("recorder", lowerings={n: lowering(n) for n in RECORDS if n != "axis_index"}))
     monkeypatch.setattr(fcomm.registration, "live", lambda *_: None)
-    # Only the order is looked at; compiling the kernels between the calls is what takes the time.
+    # Only the order matters here, and compiling the kernels between the calls is what takes time.
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_, **__: lambda *_: None)
     torch.compiler.reset()
     with uncached():
@@ -154,7 +154,7 @@ def test_random_programs_keep_their_order(seed: int, recorder: tuple[Group, Back
 
 
 def in_part() -> None:
-    """opcheck, and whatever else, may have loaded one half of Inductor before the first program is compiled."""
+    """Something, such as opcheck, may have loaded half of Inductor before the first program is compiled."""
     importlib.import_module("torch._inductor.lowering")
     assert "torch._inductor.fx_passes.post_grad" not in sys.modules
     with pytest.MonkeyPatch.context() as monkeypatch, recording(monkeypatch) as recorded:
@@ -180,7 +180,7 @@ def test_more_random_programs_keep_their_order(seed: int, recorder: tuple[Group,
 
 
 def differing(world: Group, name: str, chosen: tuple[str, ...]) -> list[str]:
-    """Independent calls of all kinds and sizes; each rank uses other results, in another order, or not at all."""
+    """Independent calls of all kinds and sizes; each rank uses different results, in a different order, or none."""
     backend, first = BACKENDS[name], world.rank == 0
 
     def results(x: Tensor, y: Tensor) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Wrong rules, planted one at a time under other names: the checkers that pass every collective must catch each.
 
-Every fault is a change of one field of a right record, and the right record passes the same check.
+Every fault is a change of one field of a correct record, and the correct record passes the same check.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ IN_PROCESSES = {
 
 
 def _on_rank(world: fcomm.Group) -> dict[str, tuple[list[str], list[str]]]:
-    """What the checker says of the right and the wrong records on this rank."""
+    """What the checker reports for the correct and the wrong records on this rank."""
     said = {}
     for name in IN_PROCESSES:
         fault = next(f for f in FAULTS if f.name == name)

@@ -1,7 +1,7 @@
 """Random programs of collectives and torch operations: values and derivatives against plain torch on stacked values.
 
-`make fuzz MINUTES=20` draws the same programs without end. A failure prints its program, an expression; `differences`
-of it shows the failure again.
+`make fuzz MINUTES=20` draws such programs for longer. A failure prints its program as an expression; calling
+`differences` on it shows the failure again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _unlike(got: Tensor, expected: Tensor, what: str) -> list[str]:
 
 
 def differences(program: Program) -> list[str]:
-    """Everything in which the simulated program is not the plain one."""
+    """Everything in which the simulated program differs from the plain one."""
     f, x = on_rank(program, _groups(program), fcomm.sim), program.input()
     y = plain(program, x)
     failures = _unlike(_simulated(program, f)(x), y, "forward") + _batches(program, f)
@@ -81,7 +81,7 @@ def differences(program: Program) -> list[str]:
     for name, (one_rank, oracle) in rows.items():
         failures += _unlike(_simulated(program, one_rank)(x, w, t), oracle(), name)
     leaf = x.clone().requires_grad_()
-    # Around simulate, torch sees that an empty permutation is a constant; it is a function of x for the purpose here.
+    # Around simulate, torch sees that an empty permutation gives a constant; here it must count as a function of x.
     (around,) = torch.autograd.grad(_simulated(program, f)(leaf) + 0 * leaf.sum(), leaf, w)
     return failures + _unlike(around, vjp(lambda x: plain(program, x), x)[1](w)[0], "backward around simulate")
 
@@ -100,7 +100,7 @@ def _batches(program: Program, f: Callable[[Tensor], Tensor]) -> list[str]:
 
 
 def compiled_differences(program: Program) -> list[str]:
-    """The same of the compiled program: its value, and its gradient taken inside the compiled function."""
+    """The same for the compiled program: its value, and its gradient taken inside the compiled function."""
     f, x = on_rank(program, _groups(program), fcomm.sim), program.input()
     y = plain(program, x)
     w = strategies.valued(y.shape, "normal", y.dtype, program.seed + 1)
@@ -225,7 +225,7 @@ def test_a_printed_program_is_the_program(data: st.DataObject) -> None:
 
 
 def test_a_wrong_step_is_found() -> None:
-    """The oracle is not vacuous: where it rolls the other way, the value and every derivative differ."""
+    """The oracle is not vacuous: if it rolls the other way, the value and every derivative differ."""
     program = Program((3,), (2,), torch.float64, "normal", 1, (Step("send and recv"), Step("square")))
     assert not differences(program)
     right = steps.KINDS["send and recv"]

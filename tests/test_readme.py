@@ -1,4 +1,4 @@
-"""README.md: its programs run, its tables are the code's. `python tests/test_readme.py` writes the tables anew."""
+"""README.md: its programs run, its tables match the code. `python tests/test_readme.py` rewrites the tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def collectives_table() -> str:
-    """One row for each public function: its options, what its docstring says first, and its derivative."""
+    """One row for each public function: its options, its docstring's first sentence, and its derivative."""
     rows = ["| collective | options | meaning | vjp |", "|---|---|---|---|"]
     for name in collectives.__all__:
         function = getattr(fcomm, name)

@@ -278,7 +278,7 @@ def test_missing_ranks_are_named_at_the_deadline() -> None:
         "look at their logs, or raise timeout_s"
     )
     assert [text for _, text in results] == [expected] * 2
-    assert 2.0 <= max(seconds for seconds, _ in results) < 40  # who comes later is told at the other's deadline
+    assert 2.0 <= max(seconds for seconds, _ in results) < 40  # a later rank gets the error at the other's deadline
 
 
 def test_a_missing_rank_0_is_named_by_its_address() -> None:
@@ -310,7 +310,7 @@ def test_ranks_that_disagree_on_the_size_are_named() -> None:
 
 
 def meet_late(world: Group, port: int, late_s: float) -> tuple[float, str]:
-    """Rank 1 gets no core for late_s after it has looked for the claims; all are in more of a hurry than usual."""
+    """Rank 1 gets no core for late_s after it has looked for the claims; all deadlines are shorter than usual."""
     wait = bootstrap.wait_for_keys
     bootstrap._SLICE_S = 0.01
 
@@ -397,7 +397,7 @@ def with_torch_distributed(world: Group) -> list[str]:
         fcomm.close(group)
         expect("sum, made again", sum_of_ranks(fcomm.from_process_group(some, name="some")), 4)
     fcomm.close()
-    dist.barrier()  # closing our groups leaves the caller's alone
+    dist.barrier()  # closing our groups does not touch the caller's
     dist.destroy_process_group()
     return failures
 
@@ -426,7 +426,7 @@ def derived(world: Group) -> list[str]:
     expect("tp", axes["tp"], Group("tp", (rank,), 0))
     expect("sp", sum_of_ranks(axes["sp"]), 4 * (rank // 2) + 1)
 
-    # Members in the order given; ranks count within the parent.
+    # Members are in the order given, numbered within the parent.
     backwards = fcomm.subgroup(world, np.array([3, 1, 0]), name="backwards")
     if rank == 2:
         expect("no member", backwards.rank, None)
@@ -434,7 +434,7 @@ def derived(world: Group) -> list[str]:
             sum_of_ranks(fcomm.Group("backwards", (3, 1, 0), None))
         except (fcomm.FcommError, TypeError) as error:
             expect("its error", "none of them" in str(error), True)
-        # A group that only others made must not make this rank count differently.
+        # A group that only others made must not change this rank's counts.
     else:
         order = fcomm.all_gather(torch.tensor([rank]), backwards, fcomm.c10d).tolist()
         expect("order", order, [3, 1, 0])
@@ -443,7 +443,7 @@ def derived(world: Group) -> list[str]:
             expect("inner", inner.ranks, (0, 3))
             expect("inner order", fcomm.all_gather(torch.tensor([rank]), inner, fcomm.c10d).tolist(), [0, 3])
 
-    # Made again under the same name: a fresh epoch each time, however often other groups were made in between.
+    # Made again under the same name, a group gets a fresh epoch each time, however many others were made in between.
     for turn in range(4):
         if rank % 2 == 0:
             for _ in range(turn):
@@ -488,7 +488,7 @@ def test_closing_a_group_closes_all_its_communicators_and_raises_the_first_error
 
 def stateless(world: Group, port: int) -> list[str]:
     failures = []
-    for turn in range(5):  # at one address: the store of the turn before may still be there
+    for turn in range(5):  # all at one address: the store of the previous turn may still be there
         group = fcomm.stateless_group("127.0.0.1", port, world.rank or 0, world.size, name="own", timeout_s=30)
         if sum_of_ranks(group) != 1:
             failures.append(f"turn {turn}")

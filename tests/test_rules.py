@@ -76,7 +76,7 @@ TIES = [  # op, x of the ranks, ct of the ranks, cotangent of x
 @pytest.mark.parametrize(("op", "x", "ct", "expected"), TIES)
 def test_ties_share_equally_and_nan_attains_nan(op: str, x: list, ct: list, expected: list) -> None:
     assert same(pulled(reduced(op), stack(*x), stack(*ct)), stack(*expected))
-    for root in range(len(x)):  # off the root, the cotangent is not looked at: ct[root] instead of the sum
+    for root in range(len(x)):  # other ranks' cotangents are ignored: ct[root] instead of the sum
         got = pulled(lambda x, g, b: fcomm.reduce(x, g, b, dst=root, op=op), stack(*x), stack(*ct))
         assert same(got, stack(*expected) / sum(ct) * ct[root])
 
@@ -146,7 +146,7 @@ def test_cotangents_of_complex_linear_collectives_are_not() -> None:
         return (y * y.conj()).real
 
     got = fcomm.simulate(grad(loss), group)(x)
-    assert got.tolist() == [2 * 2 * (4 + 1j)] * 2  # the loss of both ranks
+    assert got.tolist() == [2 * 2 * (4 + 1j)] * 2  # the losses of both ranks
 
 
 # --- roots --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""fcomm.testing as its users meet it: the walk through notes/adding-a-collective.md, and the strategies."""
+"""fcomm.testing from a user's view: the walk through notes/adding-a-collective.md, and the strategies."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_check_collective_takes_parameters(name: str, params: dict[str, object])
 @given(st.data())
 @QUICK
 def test_views_are_the_contiguous_tensor(data: st.DataObject) -> None:
-    """Every collective of equal shapes, on any dtype, values and layout: what it makes of the contiguous copy."""
+    """Every collective of equal shapes, on any dtype, values and layout, gives the result for the contiguous copy."""
     group = data.draw(strategies.groups())
     shape = data.draw(strategies.shapes(2, 3, smallest_ndim=1))
     x = data.draw(strategies.tensors((group.size, *shape)))

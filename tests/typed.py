@@ -1,4 +1,4 @@
-"""What mypy --strict makes of a user's program: `make check` reads it, nothing runs it. No public result is Any."""
+"""A user's program under mypy --strict: `make check` type-checks it, nothing runs it. No public result is Any."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def everything_else(x: Tensor, group: fcomm.Group) -> None:
     assert_type(fcomm.run(rank_main, 4, 3), list[float])
     assert_type(fcomm.simulate(layer, tp)(x, x), tuple[Tensor, Tensor])
     assert_type(fcomm.memory_stats(), dict[str, int])
-    # Modules that are imported when they are first asked for.
+    # Modules that are imported at first use.
     assert_type(fcomm.layers.rms_norm(x, x), Tensor)
     assert_type(fcomm.backends.nccl.open(device="cuda"), fcomm.Backend)
     fcomm.testing.check_collective("all_reduce", fcomm.sim, 3)
-    # Others' names take the handles anywhere.
+    # Functions under other libraries' names take the handles anywhere.
     assert_type(fcomm.compat.megatron.copy_to_tensor_model_parallel_region(x, group, fcomm.cpu), Tensor)
     assert_type(fcomm.compat.megatron.all_to_all(x, group=group, backend=fcomm.cpu), Tensor)
     assert_type(fcomm.compat.fastvideo.all_gather(x, group, fcomm.cpu, dim=1), Tensor)

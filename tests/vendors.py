@@ -27,7 +27,7 @@ DOUBLES = {
     "hccl": "hccl/libhccl.so",
     "hccl-split": "hccl-split/libhccl.so",
 }
-REAL = "nccl-real"  # in the place of a double's name: NVIDIA's library, on GPUs
+REAL = "nccl-real"  # instead of a double's name: NVIDIA's library, on GPUs
 STATUS, DELAY, HANG, DEAF, ASYNC = 1, 2, 3, 4, 5
 
 
@@ -45,7 +45,7 @@ def backend(double: str) -> fcomm.Backend:
 
 @cache
 def control(double: str) -> ctypes.CDLL:
-    """The functions that a double has for tests."""
+    """The double's functions for tests."""
     lib = ctypes.CDLL(build.path(DOUBLES[double]))
     lib.double_fault.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_long)
     lib.double_calls.argtypes, lib.double_calls.restype = (ctypes.c_char_p,), ctypes.c_long
@@ -56,7 +56,7 @@ def control(double: str) -> ctypes.CDLL:
 
 
 def plant(double: str, symbol: str, action: int, value: int, nth: int = 1) -> None:
-    """From now on, the nth call of symbol suffers."""
+    """Make the nth call of symbol from now on suffer the action."""
     control(double).double_fault(symbol.encode(), nth, action, value)
 
 
@@ -71,7 +71,7 @@ def sized(size: int) -> list[str]:
 def check(
     world: fcomm.Group, double: str, ids: Sequence[str], transforms: Sequence[str], compiler: str | None = None
 ) -> list[str]:
-    """Every case and transform on this rank against the oracle; what came out wrong.
+    """Check every case and transform on this rank against the oracle; return what was wrong.
 
     compiler: takes all transforms of a case as one program.
     """
@@ -123,7 +123,7 @@ def all_dtypes(world: fcomm.Group, double: str) -> list[str]:
 
 
 def bools_of_any_byte(world: fcomm.Group, double: str) -> list[str]:
-    """torch takes every byte but 0 for True, and a view or a foreign buffer may have any."""
+    """torch takes every byte except 0 for True, and a view or a foreign buffer may contain any byte."""
     on, rank, failures = backend(double), world.rank or 0, []
     xs = [torch.tensor(row, dtype=torch.uint8).view(torch.bool) for row in ([255, 0, 2, 0], [0, 0, 1, 4])]
     for op in (op for op in OPS if op != "mean"):
@@ -149,7 +149,7 @@ def nan_wins(world: fcomm.Group, double: str) -> list[str]:
 
 
 def every_layout(world: fcomm.Group, double: str) -> list[str]:
-    """Views that are not what their address and length say."""
+    """Views whose contents are not what their address and length suggest."""
     on, n, base = backend(double), world.size, torch.arange(24.0).reshape(4, 6) + 1
     views = {
         "strided": base[:, ::2],
@@ -181,7 +181,7 @@ def called(world: fcomm.Group, double: str, symbols: tuple[str, ...]) -> dict[st
 
 
 def uneven_natives(world: fcomm.Group, double: str, symbols: tuple[str, str]) -> list[object]:
-    """Blocks of lengths 0, 1, 2, .. gathered and folded by the library's own calls, of those dtypes that it takes."""
+    """Blocks of lengths 0, 1, 2, .. gathered and folded by the library's own calls, for the dtypes that it takes."""
     on, n, rank, failures = backend(double), world.size, world.rank or 0, []
     sizes, before = list(range(n)), [calls(double, symbol) for symbol in symbols]
     dtypes = (torch.float32, torch.int16, torch.complex64)
@@ -217,7 +217,7 @@ def one_communicator(world: fcomm.Group, double: str) -> list[object]:
 
 
 def messages(world: fcomm.Group, double: str) -> list[str]:
-    """Long messages in a ring in which every rank sends before it receives; then one of another size than expected."""
+    """Long messages in a ring in which every rank sends before it receives; then one of an unexpected size."""
     on, rank, failures = backend(double), world.rank or 0, []
     for i in range(3):
         x = torch.full((100_000,), float(10 * i + rank))
@@ -235,7 +235,7 @@ def messages(world: fcomm.Group, double: str) -> list[str]:
 
 
 def misread(world: fcomm.Group, on: fcomm.Backend) -> list[str]:
-    """Messages of as many bytes as expected, and another dtype or shape: refused, and the edge stays in step."""
+    """Messages with as many bytes as expected but a different dtype or shape: refused, and the edge stays in step."""
     x, source, rank = torch.arange(4.0), ((world.rank or 0) - 1) % world.size, world.rank
     many = x.view(*[1] * 17, 2, 2)
     pairs = (
