@@ -2,7 +2,7 @@
 
 A rank is a list of atomic steps; a state is the position of each rank and the contents of shared memory. `explore`
 walks every state that some schedule reaches, with up to `crashes` ranks stopping dead at any step, and returns the
-number of states; it raises ProtocolError with the first thing that went wrong. Faults can be planted, to see them found.
+number of states; it raises ProtocolError with the first thing that went wrong. Planted faults must be found.
 """
 
 from __future__ import annotations

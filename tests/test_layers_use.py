@@ -48,7 +48,7 @@ def mlp_with(enter: Any, leave: Any) -> Any:
     ("enter", "leave", "weights_times", "x_times"),
     [
         (fcomm.pvary, fcomm.all_reduce_invariant, 1, 1),
-        # all_reduce means that each rank uses the sum in its own way, so n cotangents add up. Here they are n times one.
+        # all_reduce means that each rank uses the sum in its own way, so n cotangents add up; here all are equal.
         (fcomm.pvary, fcomm.all_reduce, N, N),
     ],
 )

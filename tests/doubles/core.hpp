@@ -1,7 +1,7 @@
 // What the two doubles share: ranks as processes joined by a mesh of loopback sockets, messages, faults, call counts.
 //
 // A double is a library with a vendor's exported symbols that works on host memory. It is strict where the vendor is
-// silent: it compares what ranks call, refuses wrong pointers, and a send completes only when it was received.
+// not: it compares what ranks call, refuses wrong pointers, and completes a send only when it has been received.
 #pragma once
 
 #include <arpa/inet.h>
@@ -47,7 +47,7 @@ inline std::map<std::string, std::map<long, Fault>> g_faults;
 inline std::atomic<int> g_live{0}, g_aborted{0};
 inline thread_local std::string g_error = "no error";
 
-// Counts the call and tells which fault, if any, was planted for it.
+// Counts the call and returns the fault, if any, that was planted for it.
 inline Fault enter(const char *symbol) {
   std::lock_guard<std::mutex> hold(g_lock);
   long n = ++g_calls[symbol];
@@ -105,7 +105,7 @@ struct Comm {
   std::mutex lock;
   std::condition_variable wake;
   std::deque<std::function<void()>> jobs;
-  std::atomic<int> inside{0}, busy{0};  // calls; those of them that do not wait for a peer
+  std::atomic<int> inside{0}, busy{0};  // calls; those that do not wait for a peer
   bool stop = false;
   std::thread worker;
 
@@ -317,7 +317,7 @@ inline int accept_one(int fd, const std::atomic<bool> *stop) {
   return -1;
 }
 
-// Like the vendors' own: the process that makes the id runs a thread that waits for the ranks and introduces them.
+// As in the vendors' libraries, the process that makes the id runs a thread that introduces the ranks.
 inline bool make_id(Id *id) {
   uint16_t port = 0;
   int fd = listen_loopback(&port);
@@ -384,7 +384,7 @@ inline Result join(Comm &c, const Id &id) {
 // --- communicators in use -------------------------------------------------------------------------------------------
 
 inline std::set<Comm *> g_comms;
-inline std::atomic<int> g_stale{0};  // looks for what is not, or no longer, a communicator
+inline std::atomic<int> g_stale{0};  // look-ups of what is not, or no longer, a communicator
 
 inline Comm *add(Comm *c) {
   std::lock_guard<std::mutex> hold(g_lock);
@@ -392,7 +392,7 @@ inline Comm *add(Comm *c) {
   return c;
 }
 
-// The communicator behind a handle, or null: a handle that was never given out, or was destroyed.
+// The communicator behind a handle, or null if the handle was never given out or was destroyed.
 inline Comm *look_up(const void *handle) {
   std::lock_guard<std::mutex> hold(g_lock);
   auto found = g_comms.find(static_cast<Comm *>(const_cast<void *>(handle)));
@@ -400,7 +400,7 @@ inline Comm *look_up(const void *handle) {
   return found == g_comms.end() ? nullptr : *found;
 }
 
-// Ends what runs on it and frees it. A call that does not listen keeps the memory: it would otherwise use it freed.
+// Ends what runs on it and frees it. If a call does not react, the memory is kept, since the call still uses it.
 inline void destroy(Comm *c, bool abort) {
   {
     std::lock_guard<std::mutex> hold(g_lock);
@@ -473,7 +473,7 @@ void combine(void *total, const void *with, size_t n, Op op) {
   T *a = static_cast<T *>(total);
   const T *b = static_cast<const T *>(with);
   for (size_t i = 0; i < n; ++i) {
-    // Integers wrap as unsigned ones do; of a NaN and a number, max and min keep the number: both as the vendors.
+    // Integers wrap like unsigned ones; of a NaN and a number, max and min keep the number, as the vendors do.
     if constexpr (std::is_integral_v<T>) {
       using U = std::conditional_t<sizeof(T) < 4, uint32_t, std::make_unsigned_t<T>>;
       if (op == kSum) a[i] = T(U(a[i]) + U(b[i]));
@@ -571,8 +571,8 @@ inline Result fold(Comm &c, uint64_t tag, const void *send, size_t stride, void 
 // --- what tests call ------------------------------------------------------------------------------------------------
 
 extern "C" {
-// From now on, the n-th call (1 is the next) of symbol suffers: action 1 status, 2 delay, 3 hang until aborted,
-// 4 hang deaf to abort, 5 asynchronous error; value is a status, or milliseconds.
+// The n-th call of symbol from now on (1 is the next) suffers: action 1 status, 2 delay, 3 hang until aborted, 4 hang
+// despite an abort, 5 asynchronous error; value is a status, or milliseconds.
 __attribute__((visibility("default"), used)) inline void double_fault(const char *symbol, int n, int action, long value) {
   std::lock_guard<std::mutex> hold(core::g_lock);
   core::g_faults[symbol][core::g_calls[symbol] + n] = {static_cast<core::Action>(action), value};

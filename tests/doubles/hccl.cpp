@@ -1,5 +1,5 @@
-// A libhccl.so on host memory. -DDOUBLE_PART=1 builds the operators only and -DDOUBLE_PART=2 communicator management
-// (libhcomm.so), as newer CANN splits them; without it, one library has both, as older CANN.
+// A libhccl.so on host memory. -DDOUBLE_PART=1 builds only the operators and -DDOUBLE_PART=2 only communicator
+// management (libhcomm.so), as newer CANN splits them; without it, one library has both, as older CANN.
 //
 // Calls work in the caller's thread and return when they are done. HcclCommDestroy from another thread ends those that
 // wait for a peer; while others are in progress it returns HCCL_E_AGAIN and destroys nothing, as documented.
@@ -74,7 +74,7 @@ API HcclGetRootInfo(char *out) {
   Id id;
   if (!make_id(&id)) return kTcpTransfer;
   memset(out, 0, kRootInfoBytes);
-  memcpy(out + kRootInfoBytes - sizeof id, &id, sizeof id);  // at the end: a short copy loses it
+  memcpy(out + kRootInfoBytes - sizeof id, &id, sizeof id);  // at the end, so that a short copy loses it
   return kSuccess;
 }
 

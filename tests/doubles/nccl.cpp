@@ -3,7 +3,7 @@
 // Stricter than NCCL: ranks that call different things get ncclInvalidUsage instead of a hang, a handle that is not a
 // communicator ncclInvalidArgument instead of a crash. Communicators with blocking=0 work in their own thread:
 // calls return ncclInProgress, ncclCommGetAsyncError tells how they end, and nothing else may be called meanwhile.
-// -DDOUBLE_DEVICE builds it as on a device: calls return at once, and what they put on a stream is done later.
+// -DDOUBLE_DEVICE builds it to work as on a device: calls return at once, and what they put on a stream is done later.
 #include <limits.h>
 #include <stdlib.h>
 
@@ -75,7 +75,7 @@ static int perform(Comm *c, const std::vector<Call> &calls) {
 }
 
 #ifdef DOUBLE_DEVICE
-// What is on the streams and not done, by the number that it got when it was put there.
+// What is on the streams and not finished, by the number that it got when it was put there.
 static std::mutex g_kernels_lock;
 static std::map<long, void *> g_kernels;
 static long g_issued = 0;
@@ -85,7 +85,7 @@ extern "C" __attribute__((visibility("default"))) long double_issued() {
   return g_issued;
 }
 
-// Whether the stream has done all that it had when that number had been issued.
+// Whether the stream has finished everything that it had when that number was issued.
 API double_reached(void *stream, long number) {
   std::lock_guard<std::mutex> hold(g_kernels_lock);
   for (auto &kernel : g_kernels)
@@ -99,7 +99,7 @@ static int put_on_stream(Comm *c, std::vector<Call> calls) {
   g_kernels[number] = calls[0].stream;
   submit(*c, [c, number, calls = std::move(calls)] {
     int code = perform(c, calls);
-    // A kernel whose peer has gone waits: nobody tells it.
+    // A kernel whose peer has gone keeps waiting: nobody tells it.
     while (code == kRemoteError && !c->abort) sleep_ms(2);
     if (code) c->state = code;
     std::lock_guard<std::mutex> hold(g_kernels_lock);

@@ -1,4 +1,4 @@
-// What the engine measures and chooses while a program runs, with times that are made up.
+// What the engine measures and chooses while a program runs, tested with invented times.
 #include "comm.h"
 
 #include <random>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// What rank 0 learns of three ways, of which the best changes, and is slow just after a change from another.
+// What rank 0 learns about three ways, if the best one changes, and is slow just after a switch from another way.
 void the_fastest_way_is_found() {
   doing = "choosing among ways";
   std::mt19937 random(5);
@@ -33,8 +33,8 @@ void the_fastest_way_is_found() {
   }
 }
 
-// Ordinary stores where the peers' cores share a cache, others where they do not, whether a message's bytes come from a
-// cache or, slower either way, from memory; and what is slow once changes nothing.
+// Ordinary stores if the peers' cores share a cache, streaming ones if they do not, whether a message's bytes come from
+// a cache or, slower either way, from memory; and a single slow copy changes nothing.
 void how_to_write_slots_is_found() {
   doing = "choosing how to write slots";
   fcomm::SlotWriting writing;

@@ -12,7 +12,7 @@ namespace {
 
 using Bytes = std::vector<unsigned char>;
 
-// What rank r contributes: known to all, so that every rank can check alone.
+// What rank r contributes: known to all, so that every rank can check by itself.
 Bytes random_bytes(int rank, std::size_t n, unsigned seed) {
   Bytes b(n + 8);
   std::mt19937_64 random(seed * 1000u + unsigned(rank) + 1);
@@ -156,7 +156,7 @@ void plain_moves(fcomm_comm *c, int rank, int size, std::size_t n, unsigned seed
   const int source = (rank + size - 1) % size;
   CHECK(fcomm_permute(in.data(), out.data(), n, source, (rank + 1) % size, 5, c) == FCOMM_OK);
   CHECK(out == random_bytes(source, n, seed));
-  // 0 -> last alone
+  // only 0 -> last
   const bool last = rank == size - 1;
   CHECK(fcomm_permute(in.data(), out.data(), n, last ? 0 : -1, rank == 0 ? size - 1 : -1, 6, c) == FCOMM_OK);
   CHECK(out == (last ? random_bytes(0, n, seed) : Bytes(n, 0)));
@@ -200,7 +200,7 @@ void large(fcomm_comm *c, int rank, int size) {
   block_collectives(c, rank, size, 3, std::vector<std::size_t>(std::size_t(size), count + 1), 3);
 }
 
-// Different collectives of different sizes in one row without a pause, each rank at its own pace.
+// Different collectives of different sizes in a row without a pause, each rank at its own pace.
 void back_to_back(fcomm_comm *c, int rank, int size, int n) {
   doing = "running different collectives back to back";
   std::mt19937 plan(17);  // the same on all ranks
@@ -226,7 +226,7 @@ void back_to_back(fcomm_comm *c, int rank, int size, int n) {
   }
 }
 
-// Slots of any sizes, in any order: each within its rank's share, none over the one before; and the large ones walk.
+// Slots of any sizes, in any order: each is within its rank's share, none overlaps the previous one; large ones walk.
 void slots_of_neighbouring_rounds_are_apart() {
   doing = "laying out slots";
   std::mt19937 random(5);
@@ -245,7 +245,7 @@ void slots_of_neighbouring_rounds_are_apart() {
   CHECK(furthest > fcomm::kSlotsBytes - fcomm::kSlotBytes);
 }
 
-// Large enough to go straight into results, were they the pool's: once they are on all ranks, once on all but one.
+// Large enough to go straight into results, if these come from the pool: once on all ranks, once on all except one.
 void results_of_the_pool(fcomm_comm *c, int rank, int size) {
   doing = "writing into results of the pool on " + std::to_string(size) + " ranks";
   const std::size_t part = (70 << 10) + 64, n = part * std::size_t(size);
@@ -294,7 +294,7 @@ void collectives_suite() {
     const World world{size};
     as_threads(world, [&](fcomm_comm *c, int rank) { everything(c, rank, size); });
     CHECK(as_processes(world, [&](fcomm_comm *c, int rank) { back_to_back(c, rank, size, 3000); }).all_well());
-    // The round counter passes its end in the middle.
+    // The round counter wraps in the middle.
     const World wrapping{size, std::uint32_t(-100)};
     as_threads(wrapping, [&](fcomm_comm *c, int rank) { back_to_back(c, rank, size, 1000); });
     CHECK(as_processes(wrapping, [&](fcomm_comm *c, int rank) { back_to_back(c, rank, size, 1000); }).all_well());

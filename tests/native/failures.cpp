@@ -1,4 +1,4 @@
-// What every rank is told when something goes wrong: the same reason and the same culprit, soon.
+// When something goes wrong, every rank soon gets the same reason and the same culprit.
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
@@ -76,7 +76,7 @@ void every_step() {
   for (const char *point : {"fill", "drain"}) struck(point, "stop", 1, 3, 2, 200'000);
 }
 
-// Yama and filters of system calls refuse what the engine then does through slots.
+// If Yama or filters of system calls refuse this, the engine uses slots.
 bool processes_may_write_to_each_other() {
   int word = 0, one = 1;
   const pid_t parent = getpid(), child = fork();
@@ -98,7 +98,7 @@ void every_step_of_writing() {
   for (const char *action : {"stop", "delay"}) struck("write", action, 1, 3, 1, 200'000);
 }
 
-// Rank 1 is stopped just before it writes, and goes on when rank 0 has given up and its block is somebody else's.
+// Rank 1 is stopped just before it writes, and goes on when rank 0 has given up and its block belongs to another.
 void a_late_writer() {
   doing = "a rank writes after its peer has given up";
   setenv("FCOMM_TEST_FAULT", "write:1:stop:1", 1);
@@ -123,7 +123,7 @@ void a_late_writer() {
 
 using Call = std::function<fcomm_status(fcomm_comm *, bool odd)>;
 
-// The last rank asks for something else: all are told, and told who, if there is a majority.
+// The last rank asks for something else: all ranks get an error, which names that rank if there is a majority.
 void mismatched(const char *what, int size, int odd, const Call &call) {
   doing = std::string("one rank differs in ") + what + ", " + std::to_string(size) + " ranks";
   as_threads({size}, [&](fcomm_comm *c, int rank) {
@@ -172,7 +172,7 @@ void deadlines() {
   std::atomic<int> raised{0};
   as_threads(world, [&](fcomm_comm *c, int rank) {
     CHECK(fcomm_barrier(0, c) == FCOMM_OK);
-    if (rank == 1) usleep(200'000);  // late but not too late
+    if (rank == 1) usleep(200'000);  // late, but not too late
     CHECK(fcomm_barrier(1, c) == FCOMM_OK);
     while (rank == 1 && raised.load() < 2) usleep(1000);
     const fcomm_status s = fcomm_barrier(2, c);
@@ -188,7 +188,7 @@ void deadlines() {
     fcomm_signature s{};
     const double start = seconds();
     if (rank == 0) CHECK(fcomm_recv(b, 8, &s, 2, nullptr, c) == FCOMM_TIMEOUT);
-    if (rank == 1) CHECK(fcomm_barrier(0, c) == FCOMM_TIMEOUT);  // waits for 2, for as long
+    if (rank == 1) CHECK(fcomm_barrier(0, c) == FCOMM_TIMEOUT);  // waits for 2, just as long
     ++raised;
     while (rank == 2 && raised.load() < 3) usleep(1000);
     if (rank == 2) CHECK(fcomm_barrier(0, c) == FCOMM_TIMEOUT);
@@ -297,7 +297,7 @@ void arguments() {
   as_threads({2}, [](fcomm_comm *c, int rank) {
     char in[64] = {}, out[64];
     fcomm_signature s{};
-    // Told at once and without a word to the peer, so that the group goes on.
+    // An error at once, without involving the peer, so that the group goes on.
     CHECK(fcomm_all_reduce(in, out, 4, FCOMM_FLOAT32, FCOMM_BOR, 0, c) == FCOMM_INVALID);
     CHECK(fcomm_all_reduce(in, out, 4, FCOMM_DTYPES, FCOMM_SUM, 0, c) == FCOMM_INVALID);
     CHECK(fcomm_all_reduce(in, out, 4, FCOMM_INT32, -1, 0, c) == FCOMM_INVALID);

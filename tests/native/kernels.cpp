@@ -1,4 +1,4 @@
-// Every cell of every table against scalar arithmetic written another way.
+// Every cell of every table against scalar arithmetic that is written differently.
 #include "kernels.h"
 
 #include <cmath>
@@ -15,7 +15,7 @@ namespace {
 // A float format by its definition: sign, exponent of E bits, mantissa of M bits.
 struct Format {
   int exponent_bits, mantissa_bits;
-  bool infinity;  // without one, the largest code alone is NaN
+  bool infinity;  // without one, only the largest code is NaN
 
   int bias() const { return (1 << (exponent_bits - 1)) - 1; }
   int bits() const { return 1 + exponent_bits + mantissa_bits; }
@@ -170,7 +170,7 @@ Inputs draw(std::mt19937_64 &random, int dtype, int n, std::size_t count) {
     }
     if (dtype == FCOMM_BOOL)
       for (auto &v : b) v &= 1;
-    // Random bits are mostly far apart in size; make half of the numbers of like size, so that rounding is met.
+    // Random bits are mostly far apart in size; give half of the numbers similar size, so that rounding occurs.
     const bool plain = dtype == FCOMM_FLOAT32 || dtype == FCOMM_FLOAT64 || dtype == FCOMM_COMPLEX64 || dtype == FCOMM_COMPLEX128;
     const bool doubles = dtype == FCOMM_FLOAT64 || dtype == FCOMM_COMPLEX128;
     for (std::size_t i = 0; plain && i < count * width; i += 2 * (doubles ? 8 : 4)) {

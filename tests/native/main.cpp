@@ -1,4 +1,4 @@
-// engine_test [suite ..]: all suites, or the ones named. Silence and status 0 mean that all is well.
+// engine_test [suite ..]: runs all suites, or those named. No output and status 0 mean success.
 #include <cstring>
 #include <map>
 

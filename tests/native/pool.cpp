@@ -35,7 +35,7 @@ void pool_suite() {
   CHECK(fcomm_pool_stats().idle_bytes == 0);
   fcomm_pool_set_limit(before.limit_bytes);
 
-  // Small blocks share a huge page, and nothing else; what is left of it can be used, and goes back.
+  // Small blocks share a huge page and nothing else; what is left of the page can be used and returned.
   fcomm_pool_clear();
   std::vector<char *> small;
   for (int k = 0; k < 3; ++k) small.push_back(static_cast<char *>(fcomm_pool_take(600 << 10)));
@@ -60,7 +60,7 @@ void pool_suite() {
   char *lost = static_cast<char *>(fcomm_pool_take(4 * kMega));
   CHECK(fcomm::pool_holds(lost) && !fcomm::pool_holds(lost + 1) && !fcomm::pool_holds(nullptr));
   fcomm::pool_abandon(lost);
-  lost[0] = 1;  // still its holder's
+  lost[0] = 1;  // it still belongs to its holder
   fcomm_pool_return(lost);
   CHECK(!fcomm::pool_holds(lost) && fcomm_pool_stats().blocks_in_use == before.blocks_in_use);
   char *other = static_cast<char *>(fcomm_pool_take(4 * kMega));

@@ -38,7 +38,7 @@ void neighbours(fcomm_comm *c, int rank, int size) {
   const int next = (rank + 1) % size, previous = (rank + size - 1) % size;
   for (const std::size_t n : kSizes) {
     doing = "passing " + std::to_string(n) + " bytes around";
-    // Everybody sends first: none may wait for its receiver.
+    // All ranks send first: none may wait for its receiver.
     send(c, rank, next, n);
     receive(c, previous, rank, n);
     // A chain: the receiver is there before the message.
@@ -58,7 +58,7 @@ void backlog(fcomm_comm *c, int rank, int size) {
     for (int k = 0; k < 100 && p != rank; ++k) receive(c, p, rank, std::size_t(k) * 997, k);
 }
 
-// What is still in line when a rank closes the group is handed out all the same.
+// What is still queued when a rank closes the group is still delivered.
 void parting(fcomm_comm *c, int rank) {
   doing = "closing with messages in line";
   if (rank == 0) {
@@ -69,7 +69,7 @@ void parting(fcomm_comm *c, int rank) {
   }
 }
 
-// A rank that waits in one group for a peer who waits for its message in another: it moves on meanwhile.
+// A rank waits in one group for a peer that waits for its message in another: the message moves meanwhile.
 void of_another_group(const std::vector<fcomm_comm *> &c, int rank, bool closes) {
   doing = "waiting in one group with a message in line in another";
   constexpr std::size_t kMuch = 1 << 20;
@@ -83,7 +83,7 @@ void of_another_group(const std::vector<fcomm_comm *> &c, int rank, bool closes)
       CHECK(fcomm_barrier(0, c[1]) == FCOMM_OK);
     }
   } else {
-    receive(c[1], 0, 1, 1);  // by then nobody reads the other message, and it is in line
+    receive(c[1], 0, 1, 1);  // by then nobody reads the other message, and it is queued
     receive(c[0], 0, 1, kMuch);
     if (closes)
       receive(c[1], 0, 1, kMuch);
@@ -92,7 +92,7 @@ void of_another_group(const std::vector<fcomm_comm *> &c, int rank, bool closes)
   }
 }
 
-// Both leave much unreceived: neither waits for the other.
+// Both leave large messages unreceived: neither waits for the other.
 void parting_unread(fcomm_comm *c, int rank) {
   doing = "closing with messages that nobody wants";
   send(c, rank, 1 - rank, 1 << 20);

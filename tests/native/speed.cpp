@@ -1,4 +1,4 @@
-// engine_speed [ranks]: what a call costs without Python, beside as many memcpys at once of the same bytes.
+// engine_speed [ranks]: what a call costs without Python, compared with as many simultaneous memcpys of the same bytes.
 //
 // Rounds of all measurements interleave; each figure is the median over rounds of the slowest rank's time.
 #include <sched.h>
@@ -46,7 +46,7 @@ int main(int argc, char **argv) {
   };
   doing = "measuring";
   CHECK(as_processes({size}, [&](fcomm_comm *c, int rank) {
-    cpu_set_t core;  // each rank stays on one core: what is measured is the engine, not the scheduler
+    cpu_set_t core;  // each rank stays on one core, to measure the engine and not the scheduler
     CPU_ZERO(&core);
     CPU_SET(rank % int(sysconf(_SC_NPROCESSORS_ONLN)), &core);
     sched_setaffinity(0, sizeof core, &core);

@@ -1,4 +1,4 @@
-// A million small collectives, and nothing of the process grows.
+// After a million small collectives, nothing in the process has grown.
 #include <cstring>
 #include <filesystem>
 
