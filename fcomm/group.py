@@ -120,7 +120,7 @@ def forget_group(group: Group) -> None:
 
 
 def forget_found() -> None:
-    """Empty these tables."""
+    """Empty the tables in FOUND."""
     for found in FOUND:
         found.clear()
 

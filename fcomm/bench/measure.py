@@ -81,7 +81,7 @@ def _measure(name: str, size: int, plan: Plan, world: Group, backend: Backend, c
             times = compiled.marginal(_rounds(calls, plan, world, backend))
         else:
             times = _rounds(contestants, plan, world, backend)
-            # Once more at the end: what the timed calls left behind must not matter.
+            # Check again at the end: what the timed calls left behind must not matter.
             wrong[plan.ours] += _check(contestants[plan.ours], program, True, 1, context)
     wrong = {c: int(sum(row)) for c, row in zip(wrong, _columns(world, list(wrong.values())), strict=True)}
     return Row(
@@ -123,7 +123,7 @@ def _from_table(rival: str, table: dict[str, Callable[[Program, Context], Call]]
 
 
 def _check(call: Call, program: Program, ours: bool, times: int, context: Context) -> int:
-    """Elements of this rank's results that are wrong. A rival that works in place is right in its first call only."""
+    """Number of wrong elements in this rank's results. A rival that works in place is right only at first."""
     wrong = 0
     for _ in range(times if ours else 1):
         try:
@@ -158,7 +158,7 @@ def _rounds(calls: dict[str, Call], plan: Plan, world: Group, backend: Backend) 
 
 
 def _time(call: Call, iters: int, world: Group, backend: Backend) -> float:
-    """Microseconds per call on this rank. One call goes ahead untimed: it brings the ranks to one moment."""
+    """Microseconds per call on this rank. One untimed call comes first, to align the ranks."""
     fcomm.barrier(world, backend)
     call()
     start = perf_counter()
@@ -178,7 +178,7 @@ def _iterations(calls: dict[str, Call], plan: Plan, world: Group, backend: Backe
 
 
 def _columns(world: Group, numbers: Sequence[float]) -> list[tuple[float, ...]]:
-    """For each number the values that all ranks pass. Beside the measured path, by torch.distributed."""
+    """For each number, the values that all ranks pass. It uses torch.distributed, outside the measured path."""
     if not numbers:
         return []
     mine = torch.tensor(list(numbers), dtype=torch.float64)

@@ -11,11 +11,11 @@ parameter enters per-rank use once per axis:
 
     axis   enters by                  parameters
     dp     replicate, one message     all
-    sp     replicate, one message     all but position, of which a rank uses its own rows: shard
+    sp     replicate, one message     all except position, of which a rank uses its own rows: shard
     tp     replicate, in the block    norms; position by shard; the rest is cut, not replicated
 
-The loss is invariant over all three axes, and torch.func.grad gives on every rank the gradient of this one mean loss by
-its own part. No world size appears anywhere.
+The loss is invariant over all three axes, and on every rank torch.func.grad gives the gradient of this one mean loss
+with respect to the rank's own part. No world size appears anywhere.
 """
 
 from __future__ import annotations

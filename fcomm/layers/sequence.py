@@ -236,7 +236,7 @@ def _part(q: Tensor, kv: Tensor, visible: Tensor | None) -> Part:
 
 
 def _merge(a: Part, b: Part, visible: Tensor | None) -> Part:
-    """Two parts as one; where visible (a bool tensor) is False, a alone."""
+    """Two parts as one; where visible (a bool tensor) is False, only a."""
     highest = torch.maximum(a[2], b[2] if visible is None else torch.where(visible, b[2], a[2]))
     of_a, of_b = a[1] * (a[2] - highest).exp(), b[1] * (b[2] - highest).exp()
     if visible is not None:

@@ -54,7 +54,7 @@ class Meaning:
 class Transform:
     """program(f, x, ct, t) on one rank; oracle(meaning, x, ct, t) -> the rows of all ranks.
 
-    differentiates: whether it asks for a derivative.
+    differentiates: whether it takes a derivative.
     nests: whether it runs under another transform. simulate is one, so a transform that does not nest is put around it.
     around_compiled: whether torch.compile gets the function that is passed to the program, not the whole program.
     """
