@@ -169,7 +169,8 @@ def _bounded(on: Team, op: str, channel: Channel, fn: Callable[[], T], deadline:
             try:
                 _look(on, op, channel, deadline)
             except FcommError as error:
-                # Since we last looked at the call, another rank may have come, done its part in its last call, and ended. This rank's thread may then only need a core to return from it.
+                # Since we last looked at the call, another rank may have come, done its part in its last call, and
+                # ended. This rank's thread may then only need a core to return from the call.
                 wait([future], SLICE_S if isinstance(error, PeerDiedError) else 0)
                 if future.done() and future.exception() is None:
                     return future.result()
