@@ -599,3 +599,34 @@ def closes_early(world: fcomm.Group, double: str) -> None:
 @pytest.mark.parametrize("double", ["nccl", "hccl"])
 def test_a_call_ends_at_once_where_a_rank_has_closed_the_group(double: str) -> None:
     run_ranks(closes_early, 3, double, timeout_s=60)
+
+
+def opens_no_edge(world: fcomm.Group, double: str) -> None:
+    """A receiver cannot open its edge and closes the group; the sender, in the middle of opening, looks only then."""
+    on, x, look = backend(double), torch.ones(1), communicator.look_around
+    group = fcomm.subgroup(world, range(world.size), name="failing")
+
+    def late(*args: Any) -> None:
+        wait_for_word(world, "closed")
+        look(*args)
+
+    fcomm.all_reduce(x, group, on)
+    if world.rank == 1:
+        plant(double, "ncclCommInitRankConfig", STATUS, 3)
+        with pytest.raises(fcomm.BackendError):
+            fcomm.recv(x, group, on, src=0)
+        fcomm.close(group)
+        tell(world, "closed")
+    else:
+        communicator.look_around = late
+        fcomm.send(x, group, on, dst=1)
+        with pytest.raises(fcomm.BackendError, match="rank 1 failed first: ncclCommInitRankConfig") as caught:
+            fcomm.close(group)
+        assert (caught.value.code, caught.value.culprits) == (3, (1,))
+        assert calls(double, "ncclGetUniqueId") == 2, "the edge was opened again"
+    assert control(double).double_live() == 0, "a communicator is left"
+    assert control(double).double_stale() == 0
+
+
+def test_a_message_whose_receiver_could_not_open_its_edge_fails_with_it() -> None:
+    run_ranks(opens_no_edge, 2, "nccl", timeout_s=60)

@@ -273,6 +273,11 @@ def _reported(on: Team) -> tuple[int, int, str] | None:
     return rank, code, printable(frame[_REPORT.size :].decode(errors="replace"))
 
 
+def has_failed(on: Team) -> bool:
+    """Whether a rank has reported a failure, as far as the store answers."""
+    return _reported(on) is not None
+
+
 def _is_silence(error: FcommError) -> bool:
     """Whether what is wrong is that a rank does not answer."""
     return isinstance(error, CollectiveTimeoutError | PeerDiedError)
