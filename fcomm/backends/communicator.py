@@ -272,6 +272,7 @@ def _leave(on: Team) -> None:
         with suppress(RuntimeError):  # the process that serves the store may have ended before
             on.write(f"closing/{on.rank}", str(on.calls).encode(), patience(on))
             on.write("closing", b"1", patience(on))  # that one has: who waits asks for this alone
+            on.said = True
 
     # Senders wait for their receivers, but not for one that is here, whether it has ever received or not.
     limited(say_so, STORE_S)
@@ -293,6 +294,10 @@ def _close(on: Team) -> None:
             problem = _finish(on, channel, deadline) or problem
         if channel.worker is not None:
             channel.worker.stop()
+    if on.said:  # else the store has gone
+        # Before this process can end: one that ends without this word leaves others to wait for its part of an end.
+        with suppress(RuntimeError):
+            on.write(f"closed/{on.rank}", b"1", patience(on))
     problem = problem or on.failure
     if problem is not None and not raised:
         on.raised = True

@@ -129,7 +129,7 @@ class Team:
     """What one backend has on one group and device in this process.
 
     main: the communicator of all ranks.  edges: one more for each edge that send and recv use, (from, to).
-    calls: on all ranks, the same number on each; one that closes says how many.
+    calls: on all ranks, the same number on each; one that closes says how many, and said is whether the store took it.
     failure: what ended it; raised: whether a caller has got that error.
     sending: (destination, send) of what is on its way; a send's result is the event behind it on the device.
     pending: (event, deadline, collective) of what the device has not finished.
@@ -145,6 +145,7 @@ class Team:
     sending: deque[tuple[int, Future[Any]]] = field(default_factory=deque)
     pending: deque[tuple[Any, float, str]] = field(default_factory=deque)
     calls: int = 0
+    said: bool = False
     failure: FcommError | None = None
     raised: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
