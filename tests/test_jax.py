@@ -35,9 +35,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 PROGRAMS = int(os.environ.get("FCOMM_JAX_PROGRAMS", "24"))
 SEED = int(os.environ.get("FCOMM_JAX_SEED", "0"))
 TRANSFORMS = ("forward", "vjp", "jvp", "vmap", "jvp of vjp", "checkpoint")
-NESTED = TRANSFORMS[
-    :-1
-]  # torch's checkpoint goes under none of torch.func's, and under vmap, so simulate, compiled only
+# torch's checkpoint goes under none of torch.func's, and under vmap, so under simulate, only where it is compiled.
+NESTED = TRANSFORMS[:-1]
 
 
 @dataclass(frozen=True)
@@ -491,15 +490,11 @@ def search(minutes: float) -> None:
         refused += impossible
         for program in drawn:
             names.update(program.collectives)
-        print(
-            f"\r{programs} programs, {count.total()} values equal, {time.monotonic() - deadline:+.0f} s",
-            end="",
-            flush=True,
-        )
+        left = f"{time.monotonic() - deadline:+.0f} s"
+        print(f"\r{programs} programs, {count.total()} values equal, {left}", end="", flush=True)
     print(f"\n{len(refused)} more programs JAX itself cannot do", *refused, sep="\n")
-    print(
-        f"{programs} programs, {count.total()} arrays equal to JAX's, {dict(count)}; calls: {dict(names.most_common())}"
-    )
+    print(f"{programs} programs, {count.total()} arrays equal to JAX's, {dict(count)}")
+    print(f"calls: {dict(names.most_common())}")
 
 
 if __name__ == "__main__":
