@@ -272,9 +272,10 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def check_killed(double: str, directory: Path, before: int, dead: int, port: int) -> None:
+def check_killed(directory: Path, fn: Callable[..., None], *args: Any, dead: int) -> None:
+    """A rank dies in fn, and each of the others writes into the directory that it noticed in time."""
     with pytest.raises(fcomm.FcommError, match="SIGKILL"):
-        run_ranks(killed, 3, double, str(directory), before, dead, port, timeout_s=60)
+        run_ranks(fn, 3, *args, timeout_s=60)
     for rank in {0, 1, 2} - {dead}:
         assert (directory / str(rank)).read_text() == f"({dead},) True"
 
@@ -282,13 +283,13 @@ def check_killed(double: str, directory: Path, before: int, dead: int, port: int
 @pytest.mark.parametrize("before", [0, 1])
 @pytest.mark.parametrize("double", ["nccl", "hccl"])
 def test_a_killed_rank_is_named(double: str, before: int, tmp_path: Path) -> None:
-    check_killed(double, tmp_path, before, dead=1, port=0)
+    check_killed(tmp_path, killed, double, str(tmp_path), before, 1, 0, dead=1)
 
 
 @pytest.mark.parametrize("before", [0, 1])
 @pytest.mark.parametrize("double", ["nccl", "hccl"])
 def test_a_killed_rank_that_served_the_store_is_named(double: str, before: int, tmp_path: Path) -> None:
-    check_killed(double, tmp_path, before, dead=0, port=free_port())
+    check_killed(tmp_path, killed, double, str(tmp_path), before, 0, free_port(), dead=0)
 
 
 def ends_first(world: fcomm.Group, double: str) -> list[str]:
@@ -599,3 +600,53 @@ def closes_early(world: fcomm.Group, double: str) -> None:
 @pytest.mark.parametrize("double", ["nccl", "hccl"])
 def test_a_call_ends_at_once_where_a_rank_has_closed_the_group(double: str) -> None:
     run_ranks(closes_early, 3, double, timeout_s=60)
+
+
+def opens_no_edge(world: fcomm.Group, double: str) -> None:
+    """A receiver cannot open its edge and closes the group; the sender, which is opening it, checks only then."""
+    on, x, look = backend(double), torch.ones(1), communicator.look_around
+    group = fcomm.subgroup(world, range(world.size), name="failing")
+
+    def late(*args: Any) -> None:
+        wait_for_word(world, "closed")
+        look(*args)
+
+    fcomm.all_reduce(x, group, on)
+    if world.rank == 1:
+        plant(double, "ncclCommInitRankConfig", STATUS, 3)
+        with pytest.raises(fcomm.BackendError):
+            fcomm.recv(x, group, on, src=0)
+        fcomm.close(group)
+        tell(world, "closed")
+    else:
+        communicator.look_around = late
+        fcomm.send(x, group, on, dst=1)
+        with pytest.raises(fcomm.BackendError, match="rank 1 failed first: ncclCommInitRankConfig") as caught:
+            fcomm.close(group)
+        assert (caught.value.code, caught.value.culprits) == (3, (1,))
+        assert calls(double, "ncclGetUniqueId") == 2, "the edge was opened again"
+    assert control(double).double_live() == 0, "a communicator is left"
+    assert control(double).double_stale() == 0
+
+
+def test_a_message_whose_receiver_could_not_open_its_edge_fails_with_it() -> None:
+    run_ranks(opens_no_edge, 2, "nccl", timeout_s=60)
+
+
+def dies_closing(world: fcomm.Group, double: str, directory: str) -> None:
+    """A rank has said that it closes, and dies before its part in ending a communicator."""
+    on = backend(double)
+    fcomm.all_reduce(torch.ones(1), world, on)
+    if world.rank == 1:
+        communicator.forget = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    # A library's end of a communicator may wait for the peers, the double's does not.
+    plant(double, "HcclCommDestroy" if double == "hccl" else "ncclCommFinalize", HANG, 6000)
+    start = time.monotonic()
+    with pytest.raises(fcomm.PeerDiedError) as caught:
+        fcomm.close(world)
+    Path(directory, str(world.rank)).write_text(f"{caught.value.culprits} {time.monotonic() - start < 4}")
+
+
+@pytest.mark.parametrize("double", ["nccl", "hccl"])
+def test_a_rank_that_dies_while_it_closes_is_named(double: str, tmp_path: Path) -> None:
+    check_killed(tmp_path, dies_closing, double, str(tmp_path), dead=1)

@@ -1,8 +1,9 @@
 """JAX as the oracle: random programs of collectives and elementwise operations, the same in jax.lax and compat.lax.
 
 A program is data: steps that both interpreters run, one with jax.lax and the axis name, one with compat.lax and the two
-handles; what follows the axis in a call is the same text. Values, vjp, jvp, vmap and second derivatives must agree in
-float64, simulated (rules inside the axis and autograd around it, eager and compiled) and in real processes.
+handles; what follows the axis in a call is the same text. Values, vjp, jvp, vmap, second derivatives, and torch's
+checkpoint against jax.checkpoint, must agree in float64, simulated (rules inside the axis and autograd around it) and
+in real processes: eager, compiled, and for the exported program, which was traced with other values.
 
 make test-jax installs JAX and runs this; FCOMM_JAX_PROGRAMS and FCOMM_JAX_SEED choose how many programs and which.
 By itself, python tests/test_jax.py MINUTES draws until the time is over.
@@ -23,6 +24,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import fcomm
 from fcomm.compat import lax
@@ -31,7 +34,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 PROGRAMS = int(os.environ.get("FCOMM_JAX_PROGRAMS", "24"))
 SEED = int(os.environ.get("FCOMM_JAX_SEED", "0"))
-TRANSFORMS = ("forward", "vjp", "jvp", "vmap", "jvp of vjp")
+TRANSFORMS = ("forward", "vjp", "jvp", "vmap", "jvp of vjp", "checkpoint")
+# torch's checkpoint works under no transform of torch.func, and under vmap, hence simulate, only if compiled.
+NESTED = TRANSFORMS[:-1]
 
 
 @dataclass(frozen=True)
@@ -251,7 +256,41 @@ def transformed(f: Callable[[Tensor], Tensor], transform: str, x: Tensor, ct: Te
         return jvp(f, (x,), (t,))[1]
     if transform == "vmap":
         return vmap(f, in_dims=-1, out_dims=-1)(torch.stack((x, t), -1))
+    if transform == "checkpoint":
+        return pulled(lambda x: checkpoint(f, x, use_reentrant=False), x, ct)
     return jvp(lambda x: vjp(f, x)[1](ct)[0], (x,), (t,))[1]
+
+
+def pulled(f: Callable[[Tensor], Tensor], x: Tensor, ct: Tensor) -> Tensor:
+    """The vjp by torch.autograd."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(f(x), x, ct)[0]
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, f: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+
+def exported(f: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """f through torch.export, traced with values other than x."""
+    program = torch.export.export(_Module(f), (x + 1,))
+    # A graph with vmap in it, such as simulate's, names its level until its ops are decomposed.
+    return (program.run_decompositions() if _has_levels(program) else program).module()
+
+
+def _has_levels(program: torch.export.ExportedProgram) -> bool:
+    return any("batch_dim" in str(node.target) for node in program.graph.nodes)
+
+
+def exported_graph(f: Callable[..., Tensor], *args: Tensor) -> Callable[..., Tensor]:
+    """f, which takes derivatives, through make_fx and torch.export, which accepts no torch.func derivative directly."""
+    others = tuple(v + 1 for v in args)
+    return torch.export.export(make_fx(f)(*others), others).module()
 
 
 def with_jax(program: Program, x: Tensor, ct: Tensor, t: Tensor, use_shard_map: bool) -> dict[str, Tensor]:
@@ -285,8 +324,9 @@ def with_jax(program: Program, x: Tensor, ct: Tensor, t: Tensor, use_shard_map: 
         y, pull = jax.vjp(f, x)
         push = jax.jvp(f, (x,), (t,))[1]
         second = jax.jvp(lambda x: jax.vjp(f, x)[1](ct)[0], (x,), (t,))[1]
+        again = jax.vjp(all_ranks(jax.checkpoint(one_rank)), x)[1](ct)[0]
         # vmap written out: jax.vmap of a collective inside an axis raises IndexError for some of these programs.
-        return y, pull(ct)[0], push, jnp.stack((f(x), f(t)), -1), second
+        return y, pull(ct)[0], push, jnp.stack((f(x), f(t)), -1), second, again
 
     results = jax.jit(everything)(*(jnp.asarray(v.numpy()) for v in (x, ct, t)))
     return {name: torch.from_numpy(jax.device_get(v).copy()) for name, v in zip(TRANSFORMS, results, strict=True)}
@@ -300,53 +340,86 @@ def differences(got: Tensor, expected: Tensor, what: str) -> list[str]:
     return []
 
 
-def check_simulated(program: Program, compiled: bool) -> tuple[int, list[str], list[str]]:
-    """How many values were compared with JAX's, what differed, and what JAX could not do."""
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def simulated(program: Program, name: str, traced: Callable[[Tensor], Tensor], number: int) -> dict[str, Way]:
+    """The ways to a transform of the simulated program; traced is the exported whole. number selects some of them."""
+    group = fcomm.axis("i", program.size)
+    f = on_rank(program, group, fcomm.sim)
+    inside = fcomm.simulate(lambda x, ct, t: transformed(f, name, x, ct, t), group)
+    ways: dict[str, Way] = {"exported": lambda x, ct, t: transformed(traced, name, x, ct, t)}
+    if name in NESTED:
+        ways["inside"] = inside
+    if name not in ("forward", "vmap"):
+        ways["around"] = lambda x, ct, t: transformed(fcomm.simulate(f, group), name, x, ct, t)
+    if number % 8 == 0 and name in NESTED:
+        ways["compiled"] = torch.compile(inside, fullgraph=True, backend="aot_eager")
+    elif number % 8 == 0:
+        again = fcomm.simulate(lambda x: checkpoint(f, x, use_reentrant=False), group)
+        compiled = torch.compile(again, fullgraph=True, backend="aot_eager")
+        ways["compiled"] = lambda x, ct, t: pulled(compiled, x, ct)
+    if number % 4 == 2 and name in NESTED:
+        ways["exported inside"] = lambda x, ct, t: exported_graph(inside, x, ct, t)(x, ct, t)
+    return ways
+
+
+def check_simulated(program: Program, number: int) -> tuple[Counter[str], list[str], list[str]]:
+    """How many values were compared with JAX's, by way, what differed, and what JAX could not do."""
     x, ct, t = inputs(program)
     group = fcomm.axis("i", program.size)
     use_shard_map = program.beyond_vmap or program.seed % 2 == 0
+    count = Counter[str]()
     try:
         expected = with_jax(program, x, ct, t, use_shard_map)
     except Exception as error:
         how = "shard_map" if use_shard_map else "vmap"
-        return 0, [], [f"{how}: {type(error).__name__}: {str(error)[:200]}: {program}"]
-    f = on_rank(program, group, fcomm.sim)
-    failures, count = [], 0
+        return count, [], [f"{how}: {type(error).__name__}: {str(error)[:200]}: {program}"]
+    torch.compiler.reset()
+    traced = exported(fcomm.simulate(on_rank(program, group, fcomm.sim), group), x)
+    failures = []
     for name in TRANSFORMS:
-        ways: dict[str, Callable[..., Tensor]] = {
-            "inside": fcomm.simulate(lambda x, ct, t, name=name: transformed(f, name, x, ct, t), group)
-        }
-        if name not in ("forward", "vmap"):
-            ways["around"] = lambda x, ct, t, name=name: transformed(fcomm.simulate(f, group), name, x, ct, t)
-        if compiled:
-            torch.compiler.reset()
-            ways["compiled"] = torch.compile(ways["inside"], fullgraph=True, backend="aot_eager")
-        for way, run in ways.items():
+        for way, run in simulated(program, name, traced, number).items():
             try:
                 got = run(x, ct, t)
             except Exception as error:
                 failures.append(f"{name} {way} of {program}: {type(error).__name__}: {str(error)[:300]}")
                 continue
             failures += differences(got, expected[name], f"{name} {way} of {program}")
-            count += 1
+            count[way] += 1
     return count, failures, []
 
 
-def check_programs(programs: list[Program]) -> tuple[int, list[str], list[str]]:
-    count, failures, refused = 0, [], []
+def check_programs(programs: list[Program]) -> tuple[Counter[str], list[str], list[str]]:
+    count, failures, refused = Counter[str](), [], []
     for k, program in enumerate(programs):
-        compared, wrong, impossible = check_simulated(program, compiled=k % 8 == 0)
+        compared, wrong, impossible = check_simulated(program, k)
         count, failures, refused = count + compared, failures + wrong, refused + impossible
     return count, failures, refused
 
 
-def run_programs(world: fcomm.Group, programs: list[Program]) -> list[dict[str, Tensor]]:
-    """This rank's results of all programs and transforms, on c10d."""
+def run_programs(world: fcomm.Group, programs: list[Program]) -> list[dict[tuple[str, str], Tensor]]:
+    """This rank's results of all programs, ways and transforms, on c10d and cpu in turn."""
     results = []
-    for program in programs:
+    for k, program in enumerate(programs):
         x, ct, t = (v[world.rank] for v in inputs(program))
-        f = on_rank(program, world, fcomm.c10d)
-        results.append({name: transformed(f, name, x, ct, t) for name in TRANSFORMS})
+        f = on_rank(program, world, (fcomm.c10d, fcomm.cpu)[k % 2])
+
+        def nested(x: Tensor, ct: Tensor, t: Tensor, f: Any = f) -> list[Tensor]:
+            return [transformed(f, name, x, ct, t) for name in NESTED]
+
+        traced = exported(f, x)
+        result = {("eager", name): transformed(f, name, x, ct, t) for name in TRANSFORMS}
+        result |= {("exported", name): transformed(traced, name, x, ct, t) for name in TRANSFORMS}
+        if k % 6 < 2:
+            torch.compiler.reset()
+            compiled = torch.compile(nested, fullgraph=True, backend="aot_eager")
+            result |= {("compiled", name): y for name, y in zip(NESTED, compiled(x, ct, t), strict=True)}
+            again = torch.compile(
+                lambda x, f=f: checkpoint(f, x, use_reentrant=False), fullgraph=True, backend="aot_eager"
+            )
+            result["compiled", "checkpoint"] = pulled(again, x, ct)
+        results.append(result)
     return [{k: v.detach() for k, v in result.items()} for result in results]
 
 
@@ -371,13 +444,13 @@ def test_simulated_programs_equal_jax(block: int) -> None:
 def test_programs_in_processes_equal_jax(size: int) -> None:
     random = Random(SEED * 1000 + 500 + size)
     programs = [p for p in (draw(random) for _ in range(8 * PROGRAMS)) if p.size == size][: max(PROGRAMS // 2, 1)]
-    ranks = fcomm.run(run_programs, size, programs, timeout_s=300)
+    ranks = fcomm.run(run_programs, size, programs, timeout_s=600)
     failures = []
     for k, program in enumerate(programs):
         expected = with_jax(program, *inputs(program), use_shard_map=True)
-        for name in TRANSFORMS:
-            got = torch.stack([results[k][name] for results in ranks])
-            failures += differences(got, expected[name], f"{name} in processes of {program}")
+        for way, name in ranks[0][k]:
+            got = torch.stack([results[k][way, name] for results in ranks])
+            failures += differences(got, expected[name], f"{name} {way} in processes of {program}")
     assert not failures, "\n".join(failures)
 
 
@@ -394,16 +467,17 @@ def test_the_comparison_notices_a_wrong_program() -> None:
         (right.steps[0], ("all_gather", (1,), (), {"axis": 0})),
     ):
         group = fcomm.axis("i", 3)
-        f = on_rank(Program(3, (3, 3), planted, 1), group, fcomm.sim)
+        program = Program(3, (3, 3), planted, 1)
+        traced = exported(fcomm.simulate(on_rank(program, group, fcomm.sim), group), x)
         for name in TRANSFORMS:
-            got = fcomm.simulate(lambda x, ct, t, name=name: transformed(f, name, x, ct, t), group)(x, ct, t)
             zero = name == "jvp of vjp"  # a linear program
-            assert bool(differences(got, expected[name], name)) is not zero
+            for run in simulated(program, name, traced, number=2).values():
+                assert bool(differences(run(x, ct, t), expected[name], name)) is not zero
 
 
 def search(minutes: float) -> None:
     """Draw programs until the time is over, showing progress; exit 1 at the first differences."""
-    deadline, seed, programs, count = time.monotonic() + 60 * minutes, SEED, 0, 0
+    deadline, seed, programs, count = time.monotonic() + 60 * minutes, SEED, 0, Counter[str]()
     refused: list[str] = []
     names = Counter[str]()
     while time.monotonic() < deadline:
@@ -416,9 +490,11 @@ def search(minutes: float) -> None:
         refused += impossible
         for program in drawn:
             names.update(program.collectives)
-        print(f"\r{programs} programs, {count} values equal, {time.monotonic() - deadline:+.0f} s", end="", flush=True)
+        left = f"{time.monotonic() - deadline:+.0f} s"
+        print(f"\r{programs} programs, {count.total()} values equal, {left}", end="", flush=True)
     print(f"\n{len(refused)} more programs JAX itself cannot do", *refused, sep="\n")
-    print(f"{programs} programs, {count} arrays equal to JAX's; calls: {dict(names.most_common())}")
+    print(f"{programs} programs, {count.total()} arrays equal to JAX's, {dict(count)}")
+    print(f"calls: {dict(names.most_common())}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -358,7 +359,15 @@ def test_too_little_room_names_rows() -> None:
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
-def test_errors_name_the_remedy() -> None:
+@pytest.fixture
+def alone() -> Iterator[fcomm.Group]:
+    """A group of this process only."""
+    group = fcomm.init(name="alone")
+    yield group
+    fcomm.close(group)
+
+
+def test_errors_name_the_remedy(alone: fcomm.Group) -> None:
     q = draw(1, 3, 2, 2, seed=1)
     with pytest.raises(fcomm.FcommError, match=r"zigzag=True with 3 positions .* pad, or pass zigzag=False"):
         layers.ring_attention(q, q, q, TP, fcomm.sim, causal=True, zigzag=True)
@@ -375,7 +384,7 @@ def test_errors_name_the_remedy() -> None:
     ):
         layers.vocab_parallel_cross_entropy(q, torch.zeros(3).long(), TP, fcomm.sim)
     with pytest.raises(fcomm.FcommError, match=r"one_f_one_b: loss returned shape \(3, 2, 2\); return one number"):
-        layers.one_f_one_b(lambda p, x: x, lambda y, m: y, {}, q, fcomm.init(name="alone"), fcomm.cpu)
+        layers.one_f_one_b(lambda p, x: x, lambda y, m: y, {}, q, alone, fcomm.cpu)
     with pytest.raises(fcomm.FcommError, match=r"q of shape \(1, 3, 2, 2\) has 2 heads and k of shape .* 3; pass"):
         layers.ulysses_attention(q, q.repeat(1, 1, 2, 1)[:, :, :3], q, TP, fcomm.sim)
     with pytest.raises(fcomm.FcommError, match=r"route: k is 5, and router has 4 experts; choose 1 .. 4"):
@@ -388,11 +397,11 @@ def test_errors_name_the_remedy() -> None:
         layers.gather_parameters([draw(3, seed=1)], [(2, 2)], TP, fcomm.sim)
 
 
-def test_too_little_room_on_a_rank_alone() -> None:
+def test_too_little_room_on_a_rank_alone(alone: fcomm.Group) -> None:
     x, up, down = draw(3, 4, seed=1), draw(2, 5, 4, seed=2), draw(2, 4, 5, seed=3)
     choices = torch.zeros(3, 1).long()
     with pytest.raises(fcomm.FcommError, match="rank 0 of group 'alone' has room for, rows=2; pass rows="):
-        layers.moe_ragged(x, choices.double(), choices, up, down, fcomm.init(name="alone"), fcomm.cpu, rows=2)
+        layers.moe_ragged(x, choices.double(), choices, up, down, alone, fcomm.cpu, rows=2)
 
 
 X, Q, ROUTED = torch.ones(2, 2), torch.ones(1, 2, 2, 2), (torch.ones(2, 1), torch.zeros(2, 1).long())

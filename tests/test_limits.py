@@ -1,4 +1,4 @@
-"""What torch.compile cannot do without any collective: why a cell of the matrix is empty, and what to write instead.
+"""What torch.compile and export cannot do without any collective: why a cell is empty, and what to write instead.
 
 Each limit is shown in plain torch. When a new torch lifts one, its test fails, and the reason in fcomm/testing/check.py
 can go. Every attempt runs in a separate process: a compilation that fails inside a transform leaves torch broken.
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, library
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fcomm
@@ -140,6 +141,68 @@ def test_a_compiled_hessian_in_processes_and_around_simulate_agree() -> None:
     for rank, (eager, compiled) in enumerate(fcomm.run(_hessian_in_processes, 3)):
         torch.testing.assert_close(compiled, eager)
         torch.testing.assert_close(compiled, around[rank].sum(1))
+
+
+class _Program(torch.nn.Module):
+    def __init__(self, fn: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fn(x)
+
+
+def _sine_and_sum(x: Tensor) -> Tensor:
+    return fcomm.all_reduce(x.sin(), RANKS, fcomm.sim).sin().sum()
+
+
+EXPORTS: dict[str, tuple[Callable[[Tensor], Any], str | None]] = {
+    # plain torch, and the text of its refusal; None if it exports
+    "vmap of grad": (vmap(grad(_loss)), "no attribute 'constant'"),
+    "grad of vmap": (grad(lambda x: vmap(torch.sin)(x).sum()), "batched == nullptr"),
+    "vmap with another dimension": (vmap(torch.sin, in_dims=1), "fake tensor in the exported program"),
+    "vmap": (vmap(torch.sin), None),
+    "jvp of vmap": (lambda x: jvp(vmap(torch.sin), (x,), (x,))[1], None),
+    # the same with a collective
+    "grad inside simulate": (fcomm.simulate(grad(_sine_and_sum), RANKS), "no attribute 'constant'"),
+    "simulate": (fcomm.simulate(_sine_and_sum, RANKS), None),
+}
+
+
+def _export(world: fcomm.Group, name: str) -> tuple[str | None, bool, str | None]:
+    """The refusal or None, whether it exports if make_fx traces it first, and the refusal of a vjp of the exported."""
+    fn, _ = EXPORTS[name]
+    other = X.flip(0) + 1
+    traced = torch.export.export(make_fx(fn)(X.clone()), (X.clone(),)).module()
+    right = torch.allclose(traced(other), fn(other))
+    try:
+        program = torch.export.export(_Program(fn), (X.clone(),))
+        right = right and torch.allclose(program.module()(other), fn(other))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", right, None
+    decomposed = program.run_decompositions().module()
+    ct = torch.ones_like(fn(other))
+    right = right and torch.allclose(vjp(decomposed, other)[1](ct)[0], vjp(fn, other)[1](ct)[0])
+    try:
+        vjp(program.module(), other)
+    except RuntimeError as error:
+        return None, right, str(error)
+    return None, right, None
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_what_torch_exports(name: str) -> None:
+    """Torch cannot export derivatives of vmap, unless make_fx traces them; what it exports names the level of vmap."""
+    ((said, right, said_of_vjp),) = fcomm.run(_export, 1, name)
+    assert right
+    refusal = EXPORTS[name][1]
+    if refusal is None:
+        assert said is None
+        assert said_of_vjp is not None, "torch differentiates an exported vmap now: remove the limit"
+        assert "layer.key() == TransformType::Grad" in said_of_vjp
+    else:
+        assert said is not None, "torch exports it now: remove the limit"
+        assert refusal in said
 
 
 class _Copied(torch.nn.Module):

@@ -28,7 +28,9 @@ from fcomm.backends.failure import (
     check_takers,
     give_up,
     has_closed,
+    has_failed,
     is_left,
+    leave,
     limited,
     look_around,
     patience,
@@ -91,7 +93,10 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
                 _run(on, op, channel, library, fn, deadline)
         except BaseException as error:
             if on.failure is None and (channel.ended or _is_refused(on, op, edge, error)):
-                raise  # a message that nobody receives, while the group is closed: nothing has failed
+                # A message that nobody receives, while the group is closed: nothing has failed.
+                if not channel.ended:
+                    leave(on, library, channel)  # or its second part would open another communicator over this one
+                raise
             found = give_up(on, op, library, error, channel.members, heard=heard)
             if found is error:
                 raise
@@ -100,8 +105,13 @@ def issue(on: Team, op: str, fn: Callable[[Comm], None], edge: tuple[int, int] |
 
 
 def _is_refused(on: Team, op: str, edge: tuple[int, int] | None, error: BaseException) -> bool:
-    """Whether a message failed because its receiver ended the edge, which it does when it has closed the group."""
-    return op == "send" and edge is not None and isinstance(error, BackendError) and has_closed(on, edge[1])
+    """Whether a message failed because its receiver ended the edge, which it does when it has closed the group.
+
+    False if the receiver closed the group after a failure, which is then the message's failure too.
+    """
+    if op != "send" or edge is None or not isinstance(error, BackendError):
+        return False
+    return has_closed(on, edge[1]) and not has_failed(on)
 
 
 def _run(on: Team, op: str, channel: Channel, library: Library, fn: Callable[[Comm], None], deadline: float) -> None:
@@ -262,6 +272,7 @@ def _leave(on: Team) -> None:
         with suppress(RuntimeError):  # the process that serves the store may already have ended
             on.write(f"closing/{on.rank}", str(on.calls).encode(), patience(on))
             on.write("closing", b"1", patience(on))  # that some rank has closed: waiting ranks ask only for this
+            on.said = True
 
     # Senders wait for their receivers, but not for one that has come this far, whether it has ever received or not.
     limited(say_so, STORE_S)
@@ -282,6 +293,10 @@ def _close(on: Team) -> None:
             problem = _finish(on, channel, deadline) or problem
         if channel.worker is not None:
             channel.worker.stop()
+    if on.said:  # otherwise the store has gone
+        # Before this process can end: if it ended without this word, others would wait for its part of an end.
+        with suppress(RuntimeError):
+            on.write(f"closed/{on.rank}", b"1", patience(on))
     problem = problem or on.failure
     if problem is not None and not raised:
         on.raised = True

@@ -69,7 +69,7 @@ def look_around(on: Team, op: str, deadline: float, needed: Iterable[int]) -> No
     report = _reported(on)
     if report is not None:
         raise _error_of(on, *report)
-    gone = _left(on, needed, if_lost=op in _OUTLASTING)
+    gone = _left(on, needed, if_lost=op in _OUTLASTING, entirely=op == "close")
     if gone:
         raise PeerDiedError(f"{_named(on, gone)} ended; look at the log there", culprits=gone)
 
@@ -98,9 +98,14 @@ def check_takers(on: Team, op: str) -> None:
         raise PeerDiedError(f"{text} collectives", culprits=closed)
 
 
-def has_closed(on: Team, rank: int, *, if_lost: bool = True) -> bool:
-    """Whether a rank is closing, or has closed, the group; if_lost if the store and its server have gone."""
+def has_closed(on: Team, rank: int, *, if_lost: bool = True, entirely: bool = False) -> bool:
+    """Whether a rank is closing, or has closed, the group; if_lost if the store and its server have gone.
+
+    entirely: whether its communicators have ended too, so that it owes nothing to their ends on other ranks.
+    """
     try:
+        if entirely:
+            return on.read(f"closed/{rank}", patience(on)) is not None
         return _calls_of(on, rank, patience(on)) is not None
     except NoAnswerError:
         return if_lost and bool(processes.ended(on.live.identities, [rank]))  # a living rank may still take part
@@ -133,9 +138,10 @@ def is_left(on: Team, channel: Channel) -> bool:
         return False
 
 
-def _left(on: Team, among: Iterable[int], *, if_lost: bool = True) -> list[int]:
+def _left(on: Team, among: Iterable[int], *, if_lost: bool = True, entirely: bool = False) -> list[int]:
     """Those of some ranks that have ended without closing, if this host can know."""
-    return [r for r in processes.ended(on.live.identities, among) if not has_closed(on, r, if_lost=if_lost)]
+    ended = processes.ended(on.live.identities, among)
+    return [r for r in ended if not has_closed(on, r, if_lost=if_lost, entirely=entirely)]
 
 
 def _ended_by_now(on: Team) -> list[int]:
@@ -271,6 +277,11 @@ def _reported(on: Team) -> tuple[int, int, str] | None:
         return None
     _, rank, code = _REPORT.unpack_from(frame)
     return rank, code, printable(frame[_REPORT.size :].decode(errors="replace"))
+
+
+def has_failed(on: Team) -> bool:
+    """Whether a rank has reported a failure, if the store answers."""
+    return _reported(on) is not None
 
 
 def _is_silence(error: FcommError) -> bool:

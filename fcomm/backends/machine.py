@@ -130,6 +130,7 @@ class Team:
 
     main: the communicator of all ranks.  edges: one more for each edge that send and recv use, (from, to).
     calls: how many calls on all ranks were made, the same number on each; a rank that closes publishes it.
+    said: whether the store has taken that number.
     failure: what ended the team; raised: whether a caller has got that error.
     sending: (destination, send) of messages on their way; a send's result is the event after it on the device.
     pending: (event, deadline, collective) of work that the device has not finished.
@@ -145,6 +146,7 @@ class Team:
     sending: deque[tuple[int, Future[Any]]] = field(default_factory=deque)
     pending: deque[tuple[Any, float, str]] = field(default_factory=deque)
     calls: int = 0
+    said: bool = False
     failure: FcommError | None = None
     raised: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
