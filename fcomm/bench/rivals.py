@@ -289,7 +289,7 @@ def add(p: Program, c: Context) -> Call:
     return lambda: x + x
 
 
-# Collectives whose result only the root has, so only it is checked.
+# Of these only the root has a result, so rivals are checked there only; ours must be zeros on the other ranks.
 ROOTED = ("reduce", "gather")
 
 TABLES: dict[str, dict[str, Callable[[Program, Context], Call]]] = {"c10d": C10D, "funcol": FUNCOL, "mpi": MPI}

@@ -123,7 +123,7 @@ def _own_heads(
 
 
 def own_row(table: Tensor, index: Tensor) -> Tensor:
-    """table[index], without indexing, which would need a simulated rank's number on the host."""
+    """table[index]; plain indexing would need a simulated rank's number on the host."""
     return table.index_select(0, index.reshape(1)).squeeze(0)
 
 
