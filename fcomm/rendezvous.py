@@ -197,6 +197,7 @@ def _close_at_exit() -> None:
 
 
 atexit.register(_close_at_exit)
+_IMPORTED_IN = os.getpid()
 
 
 def check_timeout(function: str, timeout_s: float) -> float:
@@ -419,6 +420,10 @@ def _register(
     pg: dist.ProcessGroup | None = None,
     identities: tuple[str, ...] = (),
 ) -> Group:
+    if os.getpid() != _IMPORTED_IN:
+        # A forked child: since Python 3.13 multiprocessing clears the exit functions that it has inherited.
+        atexit.unregister(_close_at_exit)
+        atexit.register(_close_at_exit)
     _LIVE[group.name] = Live(group, store, timeout_s, pg, identities)
     return register_group(group)
 

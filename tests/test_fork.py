@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import faulthandler
 import os
@@ -19,6 +20,7 @@ from test_rendezvous import sum_of_ranks
 
 import fcomm
 from fcomm import Group
+from fcomm.rendezvous import live
 from fcomm.testing import run_ranks
 
 
@@ -141,6 +143,21 @@ def exits(world: Group, times: int) -> list[str]:
 
 def test_eight_processes_end_with_and_without_closing() -> None:
     run_ranks(exits, 2, 4)
+
+
+def test_a_group_closes_at_the_exit_of_a_process_that_inherited_no_exit_functions(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As multiprocessing's children do from 3.13 on."""
+
+    def program() -> int:
+        atexit._clear()
+        group = fcomm.init(name="left open")
+        live(group).communicator("it", lambda: "it", lambda it: os.write(2, f"{it} closed".encode()))
+        return 0
+
+    assert in_child(program) == 0
+    assert "it closed" in capfd.readouterr().err
 
 
 @pytest.mark.long
