@@ -106,6 +106,7 @@ def test_command(tmp_path):
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long  # test_rendezvous.py has a program under torchrun in make test, too
 def test_command_under_torchrun(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = _run([*torchrun, "-m", "fcomm.demo", *COMMAND, "eager", "--backend", "c10d"], tmp_path, OMP_NUM_THREADS="1")
