@@ -57,8 +57,8 @@ WHEELS ?= $(HOME)/.cache/fcomm/nccl-wheels
 nccl-wheels: .venv/ready
 	$(BIN)/python tests/nccl_wheels.py $(WHEELS)
 
-# torch is pinned: a looser range would fetch a build with CUDA, which is gigabytes. Python compiles the modules that are
-# imported when they are; compiling all of them here would take three times as long as copying them.
+# torch is pinned: a looser range would fetch a build with CUDA, which is gigabytes. Python compiles a module when it is
+# first imported; compiling all of torch's here would take three times as long as copying them.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile torch==2.13.0

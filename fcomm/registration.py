@@ -811,7 +811,7 @@ def process_group_named(name: str) -> Any:
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-# Private: what torch.from_dlpack calls for a capsule; that function's other checks take a third of the time.
+# Private: what torch.from_dlpack calls for a capsule; that function's other checks take a quarter of its time.
 tensor_of_capsule: Callable[[object], Tensor] = getattr(_C, "_from_dlpack", torch.from_dlpack)
 
 

@@ -170,11 +170,11 @@ def ring_attention(
         )
     if sizes is not None:
         sizes = checks.canonical_sizes("ring_attention", "sizes", sizes, group)
-    if sizes is not None and (min(sizes) < 1 or max(sizes) != q.shape[1]):
-        raise ArgumentError(
-            f"ring_attention: sizes is {sizes} and q.shape[1] {q.shape[1]}; group '{group.name}' of size "
-            f"{group.size} needs a length >= 1 for each rank, and every rank pads to the longest"
-        )
+        if min(sizes) < 1 or max(sizes) != q.shape[1]:
+            raise ArgumentError(
+                f"ring_attention: sizes is {sizes} and q.shape[1] {q.shape[1]}; group '{group.name}' of size "
+                f"{group.size} needs a length >= 1 for each rank, and every rank pads to the longest"
+            )
     n, rank = group.size, axis_index(group, backend).to(q.device)
     lengths = None if sizes is None else torch.tensor(sizes, device=q.device)
     if lengths is not None:
